@@ -1,0 +1,184 @@
+#!/usr/bin/env -S deno run --allow-net=127.0.0.1:8009
+/**
+ * The tutorial's client: it sends what is typed and prints what comes back.
+ *
+ * ```sh
+ * deno run --allow-net client.ts --help
+ * ```
+ *
+ * @module
+ */
+
+import {
+  clearScreenDown,
+  createInterface,
+  cursorTo,
+  type Interface,
+  moveCursor,
+  parseArgs,
+  stdin,
+  stdout,
+} from "./deps.ts";
+import { connect, IncompleteReadError, SocketStream } from "./mod.ts";
+
+const USAGE = `Sends what is typed, a line at a time, and prints what comes back.
+
+Usage: deno run --allow-net client.ts [options] [MESSAGE...]
+
+  --hostname HOST   the server's name or address (127.0.0.1)
+  --port PORT       the server's port (8009)
+  --unix PATH       connect to a Unix socket instead; this needs
+                    --allow-read=PATH --allow-write=PATH too
+  --timeout MS      how long to wait for the connection and for an answer;
+                    Infinity waits for ever (10000)
+  --retries N       try so often again when the connection fails (0)
+  --keep-open       an empty line asks again, instead of ending
+  --no-newline      send lines without their line end
+  --help            print this and end
+  --version         print the version and end
+
+On a terminal an empty line or Ctrl-D ends it. Piped input is sent line by line,
+each answered before the next; then what is still coming is printed. With
+MESSAGEs, these are the lines.`;
+
+const VERSION = "0.1.0";
+
+const FLAGS = {
+  hostname: { type: "string", default: "127.0.0.1" },
+  port: { type: "string", default: "8009" },
+  unix: { type: "string" },
+  timeout: { type: "string", default: "10000" },
+  retries: { type: "string", default: "0" },
+  "keep-open": { type: "boolean", default: false },
+  "no-newline": { type: "boolean", default: false },
+  help: { type: "boolean", default: false },
+  version: { type: "boolean", default: false },
+} as const;
+
+function number(flag: string, text: string): number {
+  if (!/^(\d+|Infinity)$/.test(text)) throw new TypeError(`${flag} must be a whole number: it is "${text}"`);
+  return Number(text);
+}
+
+/** What the flags ask for; `null` if they only asked to be told something. */
+function readFlags(args: string[]) {
+  const { values: flags, positionals } = parseArgs({ args, options: FLAGS, allowPositionals: true });
+  if (flags.help || flags.version) {
+    console.log(flags.help ? USAGE : `client.ts ${VERSION}`);
+    return null;
+  }
+  const { hostname, unix } = flags;
+  const port = number("--port", flags.port);
+  return {
+    keepOpen: flags["keep-open"],
+    lineEnd: flags["no-newline"] ? "" : "\n",
+    messages: positionals,
+    target: {
+      ...(unix === undefined ? { hostname, port } : { path: unix }),
+      timeout: number("--timeout", flags.timeout),
+      retries: number("--retries", flags.retries),
+    },
+  };
+}
+
+type Settings = NonNullable<ReturnType<typeof readFlags>>;
+
+/** Standard input as a stream, for its way of reading lines as bytes. */
+function standardInput(): SocketStream {
+  const nowhere: Deno.Addr = { transport: "unix", path: "" };
+  return new SocketStream({
+    localAddr: nowhere,
+    remoteAddr: nowhere,
+    read: (into) => Deno.stdin.read(into),
+    write: () => Promise.reject(new TypeError("Standard input is not for writing")),
+    closeWrite: () => Promise.resolve(),
+    close: () => {},
+  }, { limit: Infinity });
+}
+
+/** The lines that were piped in, byte by byte as they were. */
+async function* pipedLines(lineEnd: string): AsyncGenerator<Uint8Array> {
+  const input = standardInput();
+  try {
+    for (let line; (line = await input.readUntil("\n")) !== null;) yield lineEnd === "" ? line.subarray(0, -1) : line;
+  } catch (error) {
+    if (!(error instanceof IncompleteReadError)) throw error;
+    yield error.partial; // The last line has no end.
+  }
+}
+
+/** Sends each line and prints its answer before the next one, then what is still coming. */
+async function exchange(server: SocketStream, lines: AsyncIterable<Uint8Array> | Uint8Array[]): Promise<void> {
+  const output = Deno.stdout.writable.getWriter();
+  for await (const line of lines) {
+    if (line.length === 0) continue; // Nothing would answer it.
+    await server.send(line);
+    const answer = await server.recv();
+    if (answer === null) throw new TypeError("the server has left before it answered everything");
+    await output.write(answer);
+  }
+  await server.closeWrite();
+  for await (const rest of server) await output.write(rest);
+}
+
+/** Talks to a person: what the server says is printed above the prompt, whenever it comes. */
+async function converse(server: SocketStream, { keepOpen, lineEnd }: Settings): Promise<void> {
+  const terminal = createInterface({ input: stdin, output: stdout, prompt: ">>> " });
+  terminal.on("SIGINT", () => terminal.close());
+  let typing = true;
+  const listening = printAbovePrompt(server, terminal, () => typing).finally(() => terminal.close());
+  terminal.prompt();
+  for await (const line of terminal) {
+    if (line === "" && !keepOpen) break;
+    if (line !== "") await server.send(line + lineEnd);
+    terminal.prompt();
+  }
+  typing = false;
+  terminal.close();
+  await server.closeWrite().catch(() => {}); // If the server has left, listening tells.
+  await listening;
+}
+
+async function printAbovePrompt(server: SocketStream, terminal: Interface, isTyping: () => boolean): Promise<void> {
+  for await (const data of server) {
+    if (isTyping()) {
+      moveCursor(stdout, 0, -terminal.getCursorPos().rows);
+      cursorTo(stdout, 0);
+      clearScreenDown(stdout);
+    }
+    stdout.write(data);
+    if (data.at(-1) !== LINE_FEED) stdout.write("\n");
+    if (isTyping()) terminal.prompt(true);
+  }
+  if (isTyping()) stdout.write("\nThe server has left.\n");
+}
+
+const LINE_FEED = 0x0a;
+
+async function talk(settings: Settings): Promise<void> {
+  await using server = await connect(settings.target);
+  const { messages, lineEnd } = settings;
+  if (messages.length > 0) {
+    const encoder = new TextEncoder();
+    await exchange(server, messages.map((message) => encoder.encode(message + lineEnd)));
+  } else if (stdin.isTTY) {
+    server.timeout = Infinity; // A person may think for as long as they like.
+    await converse(server, settings);
+  } else {
+    await exchange(server, pipedLines(lineEnd));
+  }
+}
+
+if (import.meta.main) {
+  let exitCode = 2; // The flags are wrong.
+  try {
+    const settings = readFlags(Deno.args);
+    exitCode = 1; // The server cannot be reached, or has left.
+    if (settings !== null) await talk(settings);
+    Deno.exit(0); // A read of standard input that waits would keep the process alive.
+  } catch (error) {
+    const help = exitCode === 2 ? "; --help lists the flags" : "";
+    console.error(`client.ts: ${error instanceof Error ? error.message : error}${help}`);
+    Deno.exit(exitCode);
+  }
+}

@@ -1,0 +1,65 @@
+/**
+ * What the tests share: tests that name the permissions they need, and handlers
+ * that are named by what they do.
+ *
+ * @module
+ */
+
+import { StreamRequestHandler } from "../mod.ts";
+
+/** The permissions that a kind of test needs; it is left out where they are not granted. */
+type Needs = Partial<Record<"net" | "read" | "write" | "run", true>>;
+
+let hasSaidSo = false;
+
+function testNeeding(needs: Needs, name: string, fn: (t: Deno.TestContext) => void | Promise<void>): void {
+  const names = Object.keys(needs) as (keyof Needs)[];
+  const missing = names.filter((name) => Deno.permissions.querySync({ name }).state !== "granted");
+  if (missing.length > 0 && !hasSaidSo) {
+    hasSaidSo = true;
+    const flags = missing.map((name) => `--allow-${name}`).join(" ");
+    console.log(`Tests that need ${flags} are left out; "deno task test" runs all.`);
+  }
+  Deno.test({ name, fn, ignore: missing.length > 0, ...(missing.length > 0 ? {} : { permissions: needs }) });
+}
+
+/** A test over real sockets of 127.0.0.1. */
+export function networkTest(name: string, fn: (t: Deno.TestContext) => void | Promise<void>): void {
+  testNeeding({ net: true }, name, fn);
+}
+
+/** A test over Unix sockets, whose files lie in a folder of its own. */
+export function unixTest(name: string, fn: (folder: string) => Promise<void>): void {
+  testNeeding({ net: true, read: true, write: true }, name, async () => {
+    const folder = await Deno.makeTempDir({ prefix: "socketserver-" });
+    try {
+      await fn(folder);
+    } finally {
+      await Deno.remove(folder, { recursive: true });
+    }
+  });
+}
+
+/** A test that starts other programs. */
+export function programTest(name: string, fn: (t: Deno.TestContext) => void | Promise<void>): void {
+  testNeeding({ net: true, read: true, write: true, run: true }, name, fn);
+}
+
+/** What `promise` rejects with; fails the test if it resolves. */
+export async function rejectionOf(promise: Promise<unknown>): Promise<Error> {
+  let value: unknown;
+  try {
+    value = await promise;
+  } catch (error) {
+    if (error instanceof Error) return error;
+    throw error;
+  }
+  throw new TypeError(`Expected a rejection, got ${Deno.inspect(value)}`);
+}
+
+/** Sends back what it is sent. */
+export class Echo extends StreamRequestHandler {
+  override async handle() {
+    for await (const data of this.request) await this.request.send(data);
+  }
+}
