@@ -55,9 +55,10 @@ const FLAGS = {
   version: { type: "boolean", default: false },
 } as const;
 
-function number(flag: string, text: string): number {
-  if (!/^(\d+|Infinity)$/.test(text)) throw new TypeError(`${flag} must be a whole number: it is "${text}"`);
-  return Number(text);
+function number(flag: string, text: string, least: number, most = Infinity): number {
+  const value = /^(\d+|Infinity)$/.test(text) ? Number(text) : NaN;
+  if (value >= least && value <= most) return value;
+  throw new TypeError(`${flag} must be a whole number from ${least} to ${most}: it is "${text}"`);
 }
 
 /** What the flags ask for; `null` if they only asked to be told something. */
@@ -68,15 +69,17 @@ function readFlags(args: string[]) {
     return null;
   }
   const { hostname, unix } = flags;
-  const port = number("--port", flags.port);
+  if (hostname === "") throw new TypeError("--hostname must not be empty");
+  if (unix === "") throw new TypeError("--unix must not be empty");
+  const port = number("--port", flags.port, 1, 65_535);
   return {
     keepOpen: flags["keep-open"],
     lineEnd: flags["no-newline"] ? "" : "\n",
     messages: positionals,
     target: {
       ...(unix === undefined ? { hostname, port } : { path: unix }),
-      timeout: number("--timeout", flags.timeout),
-      retries: number("--retries", flags.retries),
+      timeout: number("--timeout", flags.timeout, 1),
+      retries: number("--retries", flags.retries, 0),
     },
   };
 }
@@ -96,76 +99,125 @@ function standardInput(): SocketStream {
   }, { limit: Infinity });
 }
 
-/** The lines that were piped in, byte by byte as they were. */
+/** The lines that were piped in, byte by byte as they were; throws what follows the last line end. */
 async function* pipedLines(lineEnd: string): AsyncGenerator<Uint8Array> {
   const input = standardInput();
-  try {
-    for (let line; (line = await input.readUntil("\n")) !== null;) yield lineEnd === "" ? line.subarray(0, -1) : line;
-  } catch (error) {
-    if (!(error instanceof IncompleteReadError)) throw error;
-    yield error.partial; // The last line has no end.
-  }
+  for (let line; (line = await input.readUntil("\n")) !== null;) yield lineEnd === "" ? line.subarray(0, -1) : line;
 }
 
 /** Sends each line and prints its answer before the next one, then what is still coming. */
 async function exchange(server: SocketStream, lines: AsyncIterable<Uint8Array> | Uint8Array[]): Promise<void> {
   const output = Deno.stdout.writable.getWriter();
-  for await (const line of lines) {
-    if (line.length === 0) continue; // Nothing would answer it.
-    await server.send(line);
-    const answer = await server.recv();
-    if (answer === null) throw new TypeError("the server has left before it answered everything");
-    await output.write(answer);
+
+  async function print(data: Uint8Array) {
+    await output.write(data).catch(() => {
+      throw new Error("standard output is closed");
+    });
   }
-  await server.closeWrite();
-  for await (const rest of server) await output.write(rest);
+
+  async function printAnswer() {
+    const answer = await server.recv();
+    if (answer === null) throw new Deno.errors.ConnectionReset();
+    await print(answer);
+  }
+
+  try {
+    for await (const line of lines) {
+      if (line.length === 0) continue; // Nothing would answer it.
+      await server.send(line);
+      await printAnswer();
+    }
+    await server.closeWrite();
+  } catch (error) {
+    if (!(error instanceof IncompleteReadError)) throw error;
+    await server.send(error.partial); // The last line has no end: a server of lines waits for ours.
+    await server.closeWrite();
+    await printAnswer();
+  }
+  try {
+    for await (const rest of server) await print(rest);
+  } catch (error) {
+    if (!(error instanceof Deno.errors.TimedOut)) throw error;
+    console.error("client.ts: the server has answered everything, but keeps the connection open");
+  }
 }
 
 /** Talks to a person: what the server says is printed above the prompt, whenever it comes. */
 async function converse(server: SocketStream, { keepOpen, lineEnd }: Settings): Promise<void> {
   const terminal = createInterface({ input: stdin, output: stdout, prompt: ">>> " });
-  terminal.on("SIGINT", () => terminal.close());
-  let typing = true;
-  const listening = printAbovePrompt(server, terminal, () => typing).finally(() => terminal.close());
-  terminal.prompt();
-  for await (const line of terminal) {
-    if (line === "" && !keepOpen) break;
-    if (line !== "") await server.send(line + lineEnd);
-    terminal.prompt();
+  let open = true;
+  let asking = false; // The prompt is on the screen.
+  terminal.on("line", () => asking = false);
+  terminal.on("close", () => {
+    if (asking) stdout.write("\n");
+    open = asking = false;
+  });
+
+  function ask() {
+    asking = open;
+    if (open) terminal.prompt(true);
   }
-  typing = false;
-  terminal.close();
-  await server.closeWrite().catch(() => {}); // If the server has left, listening tells.
-  await listening;
+
+  async function sendWhatIsTyped() {
+    ask();
+    for await (const line of terminal) {
+      if (line === "" && !keepOpen) break;
+      if (line !== "") await server.send(line + lineEnd);
+      ask();
+    }
+    terminal.close();
+    server.timeout = PARTING_MS;
+    await server.closeWrite().catch(() => {}); // If the server has left, reading tells.
+  }
+
+  async function printWhatComes() {
+    for await (const data of server) {
+      if (asking) erasePrompt(terminal);
+      stdout.write(data);
+      if (data.at(-1) !== LINE_FEED) stdout.write("\n");
+      if (asking) ask();
+    }
+    if (!open) return;
+    terminal.close();
+    stdout.write("The server has left.\n");
+  }
+
+  try {
+    await Promise.all([sendWhatIsTyped(), printWhatComes()]);
+  } catch (error) {
+    if (open || !(error instanceof Deno.errors.TimedOut)) throw error; // Else there is no last answer.
+  } finally {
+    terminal.close();
+  }
 }
 
-async function printAbovePrompt(server: SocketStream, terminal: Interface, isTyping: () => boolean): Promise<void> {
-  for await (const data of server) {
-    if (isTyping()) {
-      moveCursor(stdout, 0, -terminal.getCursorPos().rows);
-      cursorTo(stdout, 0);
-      clearScreenDown(stdout);
-    }
-    stdout.write(data);
-    if (data.at(-1) !== LINE_FEED) stdout.write("\n");
-    if (isTyping()) terminal.prompt(true);
-  }
-  if (isTyping()) stdout.write("\nThe server has left.\n");
+function erasePrompt(terminal: Interface): void {
+  moveCursor(stdout, 0, -terminal.getCursorPos().rows);
+  cursorTo(stdout, 0);
+  clearScreenDown(stdout);
 }
+
+/** How long a person who has ended waits for the last answer. */
+const PARTING_MS = 1_000;
 
 const LINE_FEED = 0x0a;
 
 async function talk(settings: Settings): Promise<void> {
   await using server = await connect(settings.target);
   const { messages, lineEnd } = settings;
-  if (messages.length > 0) {
-    const encoder = new TextEncoder();
-    await exchange(server, messages.map((message) => encoder.encode(message + lineEnd)));
-  } else if (stdin.isTTY) {
-    server.timeout = Infinity; // A person may think for as long as they like.
-    await converse(server, settings);
-  } else {
-    await exchange(server, pipedLines(lineEnd));
+  try {
+    if (messages.length > 0) {
+      const encoder = new TextEncoder();
+      await exchange(server, messages.map((message) => encoder.encode(message + lineEnd)));
+    } else if (stdin.isTTY) {
+      server.timeout = Infinity; // A person may think for as long as they like.
+      await converse(server, settings);
+    } else {
+      await exchange(server, pipedLines(lineEnd));
+    }
+  } catch (error) {
+    const hasLeft = error instanceof Deno.errors.ConnectionReset || error instanceof Deno.errors.BrokenPipe;
+    throw hasLeft ? new Error("the server has left in the middle", { cause: error }) : error;
   }
 }
 

@@ -17,6 +17,7 @@ export {
   strictEqual as assertStrictEquals,
   throws as assertThrows,
 } from "node:assert/strict";
+export { createHash } from "node:crypto";
 export { stdin, stdout } from "node:process";
 export { clearScreenDown, cursorTo, moveCursor } from "node:readline";
 export { createInterface, type Interface } from "node:readline/promises";

@@ -89,6 +89,8 @@ export class IncompleteReadError extends Error {
   readonly expected: number | null;
 
   /**
+   * Made by the stream.
+   *
    * @param partial The bytes that arrived before the end.
    * @param expected How many bytes were asked for, or `null` for a delimiter.
    */
@@ -131,6 +133,8 @@ export class LimitOverrunError extends Error {
   readonly consumed: number;
 
   /**
+   * Made by the stream.
+   *
    * @param message What was too long.
    * @param limit The limit, in bytes.
    * @param consumed Bytes that can be skipped, in bytes.
@@ -361,10 +365,10 @@ const NUMBER_RULES: Record<string, "above 0" | "0 or more" | "whole, 1 or more" 
 function resolveOptions<T extends object>(defaults: T, options: Partial<T>): T {
   const given = Object.entries(options).filter(([, value]) => value !== undefined);
   for (const [name, value] of given) {
-    if (!(name in defaults)) {
+    if (!Object.hasOwn(defaults, name)) {
       throw new TypeError(`Unknown option "${name}": the options are ${Object.keys(defaults).join(", ")}`);
     }
-    if (name in NUMBER_RULES) checkNumber(name, value);
+    if (Object.hasOwn(NUMBER_RULES, name)) checkNumber(name, value);
   }
   return { ...defaults, ...Object.fromEntries(given) };
 }
@@ -506,10 +510,7 @@ class DeadlineTimer {
     clearTimeout(this.#timer);
     this.#ringsAt = time;
     const wait = Math.min(Math.max(time - performance.now(), 0), MAX_TIMER_MS);
-    const timer = setTimeout(() => this.#ring(), Math.ceil(wait));
-    // What is waited for keeps the process alive, not the limit on the wait.
-    Deno.unrefTimer(timer);
-    this.#timer = timer;
+    this.#timer = setTimeout(() => this.#ring(), Math.ceil(wait));
   }
 
   #ring(): void {
@@ -518,7 +519,7 @@ class DeadlineTimer {
     let next = Infinity;
     for (const timed of this.#watched) {
       if (timed.deadline() <= now) timed.expire(now);
-      next = Math.min(next, timed.deadline());
+      if (this.#watched.has(timed)) next = Math.min(next, timed.deadline());
     }
     if (next < Infinity) this.#ringBy(Math.max(next, now + DEADLINE_STEP_MS));
   }
@@ -777,7 +778,7 @@ class WriteQueue {
   #busy = false;
   #failure: unknown;
   #failed = false;
-  #ended = false;
+  #ending: Promise<void> | undefined;
   #flushScheduled = false;
   /** Bytes that `write()` took and that are not sent yet. */
   #buffered = 0;
@@ -796,7 +797,7 @@ class WriteQueue {
 
   /** Whether there is nothing that still has to leave. */
   get idle(): boolean {
-    return !this.#busy && this.#blockLength === 0;
+    return !this.#busy && this.#blockLength === 0 && this.#jobs.length === 0;
   }
 
   /** Gathers `data`; resolves at once unless too much is waiting already. */
@@ -822,17 +823,14 @@ class WriteQueue {
 
   closeWrite(): Promise<void> {
     if (this.#failed) return rejection(this.#failure);
-    if (this.#ended) return DONE;
-    this.#ended = true;
-    return this.#enqueue({ bytes: NO_BYTES, endsStream: true });
+    return this.#ending ??= this.#enqueue({ bytes: NO_BYTES, endsStream: true });
   }
 
   /** Sends what was gathered, unless it will go out by itself. */
   flushGathered(): void {
-    if (this.#blockLength > 0 && !this.#busy) {
-      this.#seal();
-      this.#start();
-    }
+    if (this.#busy || this.idle) return;
+    this.#seal();
+    this.#start();
   }
 
   /** Gives up on everything that waits; later calls reject with `error` too. */
@@ -851,7 +849,7 @@ class WriteQueue {
   }
 
   get #refuses(): boolean {
-    return this.#failed || this.#ended;
+    return this.#failed || this.#ending !== undefined;
   }
 
   #refuse(call: string): Promise<never> {
@@ -897,10 +895,7 @@ class WriteQueue {
 
   flushAtTurnEnd(): void {
     this.#flushScheduled = false;
-    if (!this.#busy && (this.#blockLength > 0 || this.#jobs.length > 0)) {
-      this.#seal();
-      this.#start();
-    }
+    this.flushGathered();
   }
 
   #start(): void {
@@ -983,6 +978,8 @@ interface Reader {
   /** Answers the read if it can be answered by now. */
   readonly advance: () => boolean;
   readonly reject: (error: unknown) => void;
+  /** When its patience ends, which bytes that drip in do not prolong. */
+  readonly expiresAt: number;
   /** The caller's own array, where the read has one. */
   readonly into: Uint8Array | undefined;
   /** Whether the read begins a new message, so that a draining server may end it. */
@@ -1067,7 +1064,6 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
   /** The server drains: waiting for a new message reads the end. */
   #endsBetweenMessages = false;
   #bytesRead = 0;
-  #readSince = 0;
   #writeSince = 0;
   #activeSince = 0;
   #readable: ReadableStream<Uint8Array<ArrayBufferLike>> | undefined;
@@ -1082,10 +1078,11 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
    * @throws {TypeError} If an option does not exist.
    *
    * @example
-   * ```ts no-eval
+   * ```ts
    * import { SocketStream } from "@socketserver/socketserver";
    *
-   * const conn = await Deno.connect({ hostname: "127.0.0.1", port: 8009 });
+   * using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+   * const conn = await Deno.connect(listener.addr);
    * await using stream = new SocketStream(conn, { timeout: 5_000 });
    * ```
    */
@@ -1122,14 +1119,14 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
     return this.#output.bytesWritten;
   }
 
-  /** Milliseconds that one read or write may wait; above 0, `Infinity` for ever. It may be changed at any time. */
+  /** Milliseconds that one read or write may wait; above 0, `Infinity` for ever. A change counts from the next call on. */
   get timeout(): number {
     return this.#timeout;
   }
   set timeout(ms: number) {
     checkNumber("timeout", ms);
     this.#timeout = ms;
-    if (this.#isTimed) this.#noteReading();
+    if (this.#output.busy) this.#noteWriting();
   }
 
   /**
@@ -1157,13 +1154,16 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
    * ```
    */
   recv(maxBytes: number = Infinity): Promise<Uint8Array | null> {
-    if (!(maxBytes >= 1)) return rejection(new RangeError(`Cannot recv(${maxBytes}): ask for 1 byte or more`));
+    if (!(maxBytes >= 1 && (Number.isInteger(maxBytes) || maxBytes === Infinity))) {
+      return rejection(new RangeError(`Cannot recv(${maxBytes}): ask for a whole number of 1 or more, or Infinity`));
+    }
     return this.#read("recv()", () => this.#takeChunk(maxBytes));
   }
 
   /**
    * Reads into an array of the caller, as `Deno.Conn.read` does: no copy is made
-   * and nothing is allocated. Leave `into` alone until the promise settles.
+   * and nothing is allocated. Leave `into` alone until the promise settles; if it
+   * settles without bytes, at a shutdown or by `close()`, until the stream is gone.
    *
    * @param into Where the bytes go; not empty.
    * @returns Resolves to the count of bytes, and to `null` at the end of the stream.
@@ -1447,7 +1447,12 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
    * ```
    */
   writeFrame(payload: Uint8Array | string, options: FrameOptions = {}): Promise<void> {
-    const format = resolveFrameOptions(options);
+    let format: Required<FrameOptions>;
+    try {
+      format = resolveFrameOptions(options);
+    } catch (error) {
+      return rejection(error);
+    }
     const bytes = typeof payload === "string" ? encoder.encode(payload) : payload;
     if (bytes.length >= 256 ** format.lengthBytes) {
       return rejection(
@@ -1566,6 +1571,7 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
       call,
       advance,
       into,
+      expiresAt: this.#timeout === Infinity ? Infinity : performance.now() + this.#timeout,
       startsMessage,
       reject: (error) => {
         forgettable(promise);
@@ -1574,7 +1580,7 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
     };
     // What was gathered must be out before the handler waits for the answer to it.
     this.#output.flushGathered();
-    if (this.#isTimed) this.#noteReading();
+    if (this.#timeout !== Infinity) this.#watchDeadlines();
     if (this.#ended) this.#advance();
     else if (!this.#filling) this.#fill();
     return promise;
@@ -1697,8 +1703,7 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
     const at = this.#find(search);
     if (at >= 0) {
       this.#unanswered = true;
-      const ended = at > 0 && this.#input.at(at - 1) === CARRIAGE_RETURN ? 2 : 1;
-      return this.#input.takeText(at + 1, ended);
+      return this.#input.takeText(at + 1, 1 + this.#returnsBefore(at, search));
     }
     if (!this.#ended) return MORE;
     const { length } = this.#input;
@@ -1707,20 +1712,21 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
 
   /** Where the delimiter begins, or -1; throws when that is farther than the limit. */
   #find(search: Search): number {
-    const { length } = this.#input;
     const at = this.#input.indexOf(search.delimiter, search.searched);
     // A delimiter may be cut in two by the end of what has arrived.
-    search.searched = Math.max(0, length - search.delimiter.length + 1);
-    if (at > this.#limit || (at < 0 && search.searched > this.#limit)) {
-      throw new LimitOverrunError(
-        `Cannot find the end of the ${
-          search.delimiter === LINE_FEED ? "line" : "record"
-        } within the limit of ${this.#limit} bytes`,
-        this.#limit,
-        at < 0 ? search.searched : at,
-      );
+    search.searched = Math.max(0, this.#input.length - search.delimiter.length + 1);
+    const before = at < 0 ? search.searched : at;
+    if (before - this.#returnsBefore(before, search) > this.#limit) {
+      const what = search.delimiter === LINE_FEED ? "line" : "record";
+      const message = `Cannot find the end of the ${what} within the limit of ${this.#limit} bytes`;
+      throw new LimitOverrunError(message, this.#limit, before);
     }
     return at;
+  }
+
+  /** 1 if a line's content ends with the `\r` of its `\r\n`, which is no part of it. */
+  #returnsBefore(index: number, { delimiter }: Search): number {
+    return delimiter === LINE_FEED && index > 0 && this.#input.at(index - 1) === CARRIAGE_RETURN ? 1 : 0;
   }
 
   #takeFrame(format: Required<FrameOptions>): Uint8Array | null | typeof MORE {
@@ -1782,12 +1788,6 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
     this.#noteActivity();
   }
 
-  /** The time of one read is the time of the whole call: bytes that drip in do not prolong it. */
-  #noteReading(): void {
-    this.#readSince = performance.now();
-    this.#watchDeadlines();
-  }
-
   #watchDeadlines(): void {
     if (!this.#closed) deadlines.watch(this.#timed);
   }
@@ -1795,7 +1795,7 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
   readonly #timed: Timed = {
     deadline: () =>
       Math.min(
-        this.#reader === undefined ? Infinity : this.#readSince + this.#timeout,
+        this.#reader?.expiresAt ?? Infinity,
         this.#output.busy ? this.#writeSince + this.#timeout : Infinity,
         this.#activeSince + this.#idleTimeout,
       ),
@@ -1814,7 +1814,7 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
       );
     }
     const reader = this.#reader;
-    if (reader === undefined) return;
+    if (reader === undefined || now < reader.expiresAt) return;
     this.#reader = undefined;
     reader.reject(this.#own(new Deno.errors.TimedOut(`${reader.call} waited for the timeout of ${this.#timeout} ms`)));
   }
@@ -2365,7 +2365,8 @@ export interface ShutdownReport {
   readonly duration: number;
 }
 
-type Phase = "new" | "listening" | "draining" | "closed";
+/** `"closed"`: all connections are ended or cut off. `"ended"`: nobody waits for handlers any more. */
+type Phase = "new" | "listening" | "draining" | "closed" | "ended";
 
 /** One request that is being served. */
 interface Exchange<Request> {
@@ -2375,6 +2376,7 @@ interface Exchange<Request> {
   readonly since: number;
   /** Its handler called shutdown(), which therefore does not wait for it. */
   awaitsShutdown: boolean;
+  isCut: boolean;
 }
 
 /** Finds out in which exchange a call is made. Made when a server starts. */
@@ -2428,7 +2430,11 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   #left = Promise.withResolvers<void>();
   #context: ExchangeContext | undefined;
 
-  /** @param grace Milliseconds that `shutdown()` waits for handlers. */
+  /**
+   * Keeps the options; nothing is opened and no hook is called.
+   *
+   * @param grace Milliseconds that `shutdown()` waits for handlers.
+   */
   protected constructor(grace: number) {
     this.#grace = grace;
   }
@@ -2624,7 +2630,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
 
   /** Ends the server now: it stops accepting and cuts all clients off. `serveForever()` resolves soon after. A second call does nothing. */
   close(): void {
-    if (this.#phase === "closed") return;
+    if (this.#isClosed) return;
     this.#enter("closed");
     const stopped = this.stopListening(false);
     for (const exchange of this.#active.values()) this.#cut(exchange);
@@ -2736,7 +2742,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
 
   /** Resolves when fewer than `limit` requests are served, or the server is closed. */
   protected async belowLimit(limit: number): Promise<void> {
-    while (this.#active.size >= limit && this.#phase !== "closed") await this.#left.promise;
+    while (this.#active.size >= limit && !this.#isClosed) await this.#left.promise;
   }
 
   /** Throws if the server was closed. */
@@ -2762,7 +2768,12 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   get #isClosing(): boolean {
-    return this.#phase === "draining" || this.#phase === "closed";
+    return this.#phase !== "new" && this.#phase !== "listening";
+  }
+
+  /** Whether nothing is served any more. */
+  get #isClosed(): boolean {
+    return this.#phase === "closed" || this.#phase === "ended";
   }
 
   /** The one door to the phase. */
@@ -2770,10 +2781,10 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     this.#phase = phase;
     if (!this.#isClosing) return;
     this.#stopping.abort();
-    if (phase === "closed") {
-      this.#abortSignal();
-      this.#noteLeaving();
-    }
+    if (!this.#isClosed) return;
+    this.#abortSignal();
+    this.#noteLeaving();
+    if (phase === "ended") this.#ended.resolve();
   }
 
   #abortSignal(): void {
@@ -2818,9 +2829,10 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
       clientAddress: this.clientAddressOf(request),
       since: performance.now(),
       awaitsShutdown: false,
+      isCut: false,
     };
     this.#track(exchange);
-    if (this.#phase === "closed") this.#cut(exchange); // close() won the race.
+    if (this.#isClosed) this.#cut(exchange); // close() won the race.
     const serve = () => this.#serveExchange(exchange);
     return this.#context?.run(exchange, serve) ?? serve();
   }
@@ -2888,7 +2900,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     await this.stopListening(false);
     if (!await this.#drainedWithin(left())) await this.#cutRest();
     clearInterval(ending);
-    this.#enter("closed");
+    if (!this.#isClosed) this.#enter("closed");
     this.#endWithin(left());
     return this.#reportOf(begun, finished);
   }
@@ -2908,17 +2920,18 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
 
   /** Whether, within `ms`, all requests are over, but for those whose handlers wait for the shutdown themselves. */
   #drainedWithin(ms: number): Promise<boolean> {
-    return this.#holdsWithin(ms, () => this.#active.values().every((exchange) => exchange.awaitsShutdown));
+    return this.#holdsWithin(
+      ms,
+      () => this.#isClosed || this.#active.values().every((exchange) => exchange.awaitsShutdown),
+    );
   }
 
   /** Waits for handlers that called `shutdown()` themselves, cuts them after `ms`, and lets `serveForever()` go. */
   async #endWithin(ms: number): Promise<void> {
-    const isIdle = () => this.#active.size === 0;
-    if (!await this.#holdsWithin(ms, isIdle)) {
-      for (const exchange of this.#active.values()) this.#cut(exchange);
-      await this.#holdsWithin(UNWIND_MS, isIdle);
-    }
-    this.#ended.resolve();
+    const isOver = () => this.#phase === "ended" || this.#active.values().every((exchange) => exchange.isCut);
+    if (!await this.#holdsWithin(ms, isOver)) { for (const exchange of this.#active.values()) this.#cut(exchange); }
+    await this.#holdsWithin(UNWIND_MS, () => this.#phase === "ended" || this.#active.size === 0);
+    if (this.#phase !== "ended") this.#enter("ended");
   }
 
   /** Resolves to `true` as soon as `condition` holds, which changes when requests leave; to `false` after `ms`. */
@@ -2934,6 +2947,8 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   #cut(exchange: Exchange<Request>): void {
+    if (exchange.isCut) return;
+    exchange.isCut = true;
     this.#cutOff.push(exchange.clientAddress);
     this.cutRequest(exchange.request, new Deno.errors.BadResource("The server has closed the connection"));
   }
@@ -2980,6 +2995,8 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   readonly #backlogEmpty = Promise.withResolvers<void>();
 
   /**
+   * Keeps the options; nothing is opened and no hook is called.
+   *
    * @param Handler The class whose objects serve the connections.
    * @param options Limits and deadlines.
    */

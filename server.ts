@@ -90,9 +90,10 @@ function ctime(date: Date): string {
   return `${weekday} ${month} ${String(Number(day)).padStart(2)} ${time} ${year}`;
 }
 
-function number(flag: string, text: string): number {
-  if (!/^(\d+|Infinity)$/.test(text)) throw new TypeError(`${flag} must be a whole number: it is "${text}"`);
-  return Number(text);
+function number(flag: string, text: string, least: number, most = Infinity): number {
+  const value = /^(\d+|Infinity)$/.test(text) ? Number(text) : NaN;
+  if (value >= least && value <= most) return value;
+  throw new TypeError(`${flag} must be a whole number from ${least} to ${most}: it is "${text}"`);
 }
 
 /** Makes what the flags ask for; `null` if they only asked to be told something. */
@@ -105,21 +106,18 @@ function makeServer(args: string[]): StreamServer | null {
   if (flags.quiet) log = () => {};
   const Handler = flags.lines ? StampLines : StampChunks;
   const options: ServerOptions = {
-    maxConnections: number("--max-connections", flags["max-connections"]),
-    idleTimeout: number("--idle-timeout", flags["idle-timeout"]),
+    maxConnections: number("--max-connections", flags["max-connections"], 1),
+    idleTimeout: number("--idle-timeout", flags["idle-timeout"], 1),
   };
   return flags.unix === undefined
-    ? new TcpServer({ hostname: flags.hostname, port: number("--port", flags.port) }, Handler, options)
+    ? new TcpServer({ hostname: flags.hostname, port: number("--port", flags.port, 0, 65_535) }, Handler, options)
     : new UnixServer({ path: flags.unix }, Handler, options);
 }
 
 async function serve(server: StreamServer): Promise<void> {
-  const cut: Deno.Addr[] = [];
   const signals = ["SIGINT", "SIGTERM"] as const;
-  const stop = async () => {
-    if (server.signal.aborted) server.close();
-    else cut.push(...(await server.shutdown()).cut);
-  };
+  let received = 0;
+  const stop = () => received++ === 0 ? void server.shutdown() : server.close();
   for (const signal of signals) Deno.addSignalListener(signal, stop);
   try {
     log(`waiting for connection... on ${formatAddress(await server.listen())}`);
@@ -127,6 +125,7 @@ async function serve(server: StreamServer): Promise<void> {
   } finally {
     for (const signal of signals) Deno.removeSignalListener(signal, stop);
   }
+  const { cut } = await server.shutdown(); // It is over: this is its report.
   const { accepted, bytesRead, bytesWritten } = server.stats;
   log(`served ${accepted} clients, ${cut.length} of them cut off; ${bytesRead} bytes in, ${bytesWritten} bytes out`);
 }

@@ -63,3 +63,50 @@ export class Echo extends StreamRequestHandler {
     for await (const data of this.request) await this.request.send(data);
   }
 }
+
+/** A listener that answers `accept()` with what a script says, and then waits until it is closed. */
+export class FakeListener implements Deno.Listener {
+  readonly addr: Deno.Addr = { transport: "tcp", hostname: "127.0.0.1", port: 1 };
+  accepts = 0;
+  closed = false;
+  readonly #script: (Error | Deno.Conn)[];
+  readonly #drained = Promise.withResolvers<void>();
+  #pending: PromiseWithResolvers<Deno.Conn> | undefined;
+
+  constructor(script: (Error | Deno.Conn)[]) {
+    this.#script = [...script];
+  }
+
+  /** Resolves when the script is over and the server waits for more. */
+  get drained(): Promise<void> {
+    return this.#drained.promise;
+  }
+
+  accept(): Promise<Deno.Conn> {
+    this.accepts++;
+    const next = this.#script.shift();
+    if (next instanceof Error) return Promise.reject(next);
+    if (next !== undefined) return Promise.resolve(next);
+    if (this.closed) return Promise.reject(new Deno.errors.BadResource("Listener has been closed"));
+    this.#drained.resolve();
+    this.#pending = Promise.withResolvers();
+    return this.#pending.promise;
+  }
+
+  close(): void {
+    if (this.closed) throw new Deno.errors.BadResource("Bad resource ID");
+    this.closed = true;
+    this.#pending?.reject(new Deno.errors.BadResource("Listener has been closed"));
+  }
+
+  ref(): void {}
+  unref(): void {}
+
+  [Symbol.dispose](): void {
+    this.close();
+  }
+
+  async *[Symbol.asyncIterator](): AsyncIterableIterator<Deno.Conn> {
+    while (true) yield await this.accept();
+  }
+}

@@ -1,0 +1,142 @@
+import { assert, assertEquals, assertMatch } from "../deps.ts";
+import { type AcceptFailure, acceptFailure, connect, StreamServer, TcpServer } from "../mod.ts";
+import { Echo, FakeListener, programTest, rejectionOf } from "./testing.ts";
+
+function systemError(code: string): Error {
+  return Object.assign(new TypeError(`${code} (os error 0)`), { code });
+}
+
+const FAILURES: [Error, AcceptFailure][] = [
+  [new Deno.errors.BadResource("Listener has been closed"), "closed"],
+  [new Deno.errors.Interrupted("operation canceled"), "closed"],
+  [Object.assign(new Deno.errors.NotConnected("gone"), { code: "ENOTCONN" }), "peer"],
+  [systemError("ECONNABORTED"), "peer"],
+  [systemError("ECONNRESET"), "peer"],
+  [systemError("EPROTO"), "peer"],
+  [systemError("EINTR"), "peer"],
+  [new Deno.errors.InvalidData("not valid UTF-8"), "peer"],
+  [systemError("EMFILE"), "overload"],
+  [systemError("ENFILE"), "overload"],
+  [systemError("ENOBUFS"), "overload"],
+  [systemError("ENOMEM"), "overload"],
+  [systemError("EINVAL"), "fatal"],
+  [new TypeError("a bug"), "fatal"],
+];
+
+for (const [error, expected] of FAILURES) {
+  Deno.test(`acceptFailure() calls ${error.name} ${error.message} "${expected}"`, () => {
+    assertEquals(acceptFailure(error), expected);
+  });
+}
+
+Deno.test("acceptFailure() never reads the stack of an error, which would open a file", () => {
+  const error = systemError("EMFILE");
+  Object.defineProperty(error, "stack", { get: () => assert(false, "stack was read") });
+  assertEquals(acceptFailure(error), "overload");
+});
+
+Deno.test('acceptFailure() calls what is no error "fatal"', () => {
+  assertEquals(acceptFailure(undefined), "fatal");
+});
+
+/** Listens on a listener that the test has made. */
+class FakeServer extends StreamServer {
+  readonly overloads: unknown[] = [];
+  readonly #fake: FakeListener;
+
+  constructor(fake: FakeListener) {
+    super(Echo, {});
+    this.#fake = fake;
+  }
+
+  override listen(): Deno.Addr {
+    return this.adopt(this.#fake, this.#fake.addr);
+  }
+
+  override handleOverload(error: unknown): void {
+    this.overloads.push(error);
+  }
+}
+
+Deno.test("serveForever() outlives clients that leave before they are accepted", async () => {
+  const listener = new FakeListener([systemError("ENOTCONN"), systemError("ECONNABORTED")]);
+  const server = new FakeServer(listener);
+  const serving = server.serveForever();
+  await listener.drained;
+  assertEquals(server.stats.lost, 2);
+  await server.shutdown();
+  await serving;
+});
+
+Deno.test("serveForever() waits an exhaustion of descriptors out, and reports it once", async () => {
+  const listener = new FakeListener([systemError("EMFILE"), systemError("EMFILE"), systemError("ENFILE")]);
+  const server = new FakeServer(listener);
+  const serving = server.serveForever();
+  await listener.drained;
+  assertEquals(server.overloads.length, 1);
+  assertEquals(server.stats.overloads, 1);
+  await server.shutdown();
+  await serving;
+});
+
+Deno.test("shutdown() interrupts the wait of an exhaustion of descriptors", async () => {
+  const listener = new FakeListener(Array(1_000).fill(systemError("EMFILE")));
+  const server = new FakeServer(listener);
+  const reported = Promise.withResolvers<void>();
+  server.handleOverload = () => reported.resolve();
+  const serving = server.serveForever();
+  await reported.promise;
+  await server.shutdown();
+  await serving;
+  assert(listener.accepts < 1_000);
+});
+
+Deno.test("serveForever() rejects with an error that it does not know, and closes the listener", async () => {
+  const listener = new FakeListener([systemError("EINVAL")]);
+  const server = new FakeServer(listener);
+  const error = await rejectionOf(server.serveForever());
+  assertMatch(error.message, /EINVAL/);
+  assert(listener.closed);
+});
+
+Deno.test("serveForever() resolves when someone else closes the listener", async () => {
+  const listener = new FakeListener([]);
+  const server = new FakeServer(listener);
+  const serving = server.serveForever();
+  await listener.drained;
+  listener.close();
+  await serving;
+});
+
+Deno.test("handleOverload() that throws does not end the server", async () => {
+  const listener = new FakeListener([systemError("EMFILE")]);
+  const server = new FakeServer(listener);
+  server.handleOverload = () => {
+    throw new TypeError("a bug in the hook");
+  };
+  const serving = server.serveForever();
+  await listener.drained;
+  await server.shutdown();
+  await serving;
+});
+
+/** Connects and resets, before anybody can accept. */
+const RESETS = `
+import socket, struct, sys
+for _ in range(100):
+    client = socket.create_connection(("127.0.0.1", int(sys.argv[1])))
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+`;
+
+programTest("clients that reset before they are accepted do not end the server", async () => {
+  await using server = new TcpServer({ port: 0 }, Echo);
+  const { port } = server.listen();
+  const python = new Deno.Command("python3", { args: ["-c", RESETS, String(port)], stderr: "inherit" });
+  assert((await python.output()).success);
+  server.serveForever();
+  await using client = await connect({ port });
+  await client.send("still there\n");
+  assertEquals(await client.readLine(), "still there");
+  assertEquals(server.stats.lost, 100);
+});

@@ -1,0 +1,122 @@
+import { IncompleteReadError, LimitOverrunError, socketPair, SocketStream } from "../mod.ts";
+import { assert, assertEquals, assertMatch, assertStrictEquals } from "../deps.ts";
+import { brokenPipe, bytesOf, connectionReset, FakeConn, turnEnd } from "./fake_conn.ts";
+import { rejectionOf } from "./testing.ts";
+
+Deno.test("IncompleteReadError has its name, the bytes that came and the count that was asked for", () => {
+  const partial = bytesOf("abc");
+  const error = new IncompleteReadError(partial, 10);
+  assert(error instanceof Error);
+  assertEquals(error.name, "IncompleteReadError");
+  assertStrictEquals(error.partial, partial);
+  assertEquals(error.expected, 10);
+  assertMatch(error.message, /\b10 bytes.*\b3$/);
+});
+
+Deno.test("IncompleteReadError of a delimiter expects no count", () => {
+  const error = new IncompleteReadError(bytesOf("abc"), null);
+  assertEquals(error.expected, null);
+  assertMatch(error.message, /delimiter.*\b3 bytes$/);
+});
+
+Deno.test("LimitOverrunError has its name, the limit and the bytes that can be skipped", () => {
+  const error = new LimitOverrunError("Too long", 16, 20);
+  assert(error instanceof Error);
+  assertEquals(error.name, "LimitOverrunError");
+  assertEquals(error.message, "Too long");
+  assertEquals(error.limit, 16);
+  assertEquals(error.consumed, 20);
+});
+
+Deno.test("an error that names a limit says how large it is", async () => {
+  const [ours, theirs] = socketPair({ limit: 7 });
+  await theirs.send("far too long\n");
+  for (const read of [() => ours.readLine(), () => ours.readUntil("\n"), () => ours.frames().next()]) {
+    assertMatch((await rejectionOf(read())).message, /\blimit\b.*\b7\b/);
+  }
+  ours.close();
+  theirs.close();
+});
+
+const forgotten: Record<string, (stream: SocketStream) => void> = {
+  "recv() of a count that is out of range": (stream) => void stream.recv(0),
+  "read() into an empty array": (stream) => void stream.read(new Uint8Array(0)),
+  "readExactly() of a count that is out of range": (stream) => void stream.readExactly(-1),
+  "readUntil() an empty delimiter": (stream) => void stream.readUntil(""),
+  "a second read": (stream) => {
+    stream.recv();
+    stream.readLine();
+  },
+  "a read of a stream that is closed": (stream) => {
+    stream.close();
+    stream.recv();
+  },
+  "a read that waits when the stream is closed": (stream) => {
+    stream.recv();
+    stream.close();
+  },
+  "write(), send() and flush() of a stream that is closed": (stream) => {
+    stream.close();
+    stream.write("a");
+    stream.send("a");
+    stream.flush();
+    stream.closeWrite();
+    stream.writeFrame("a");
+  },
+  "write() and send() after closeWrite()": (stream) => {
+    stream.closeWrite();
+    stream.write("a");
+    stream.send("a");
+    stream.writeFrame("a");
+  },
+  "a frame that is too long for its prefix": (stream) =>
+    void stream.writeFrame(new Uint8Array(256), { lengthBytes: 1 }),
+  "an iterator's next()": (stream) => {
+    stream.lines().next();
+    stream.frames().next();
+    stream[Symbol.asyncIterator]().next();
+  },
+};
+
+for (const [what, forget] of Object.entries(forgotten)) {
+  Deno.test(`a rejection that nobody awaits ends nothing: ${what}`, async () => {
+    const stream = new SocketStream(new FakeConn());
+    forget(stream);
+    await turnEnd();
+    stream.close();
+    await turnEnd();
+  });
+}
+
+Deno.test("a rejection that nobody awaits ends nothing: writes that the connection fails", async () => {
+  const conn = new FakeConn().failWrites(brokenPipe());
+  const stream = new SocketStream(conn, { highWaterMark: 4 });
+  stream.write("abc");
+  stream.write("over the mark");
+  stream.send("def");
+  stream.writeFrame("ghi");
+  stream.flush();
+  stream.closeWrite();
+  await turnEnd();
+  stream.close();
+  await turnEnd();
+});
+
+Deno.test("a rejection that nobody awaits ends nothing: reads that the connection fails", async () => {
+  const conn = new FakeConn();
+  const stream = new SocketStream(conn);
+  stream.readExactly(10);
+  conn.give("abc").failReads(connectionReset());
+  await turnEnd();
+  stream.close();
+});
+
+Deno.test("a rejection that nobody awaits ends nothing: limits and early ends", async () => {
+  const conn = new FakeConn().give("abcdefgh").end();
+  const stream = new SocketStream(conn, { limit: 4 });
+  stream.readLine();
+  await turnEnd();
+  stream.readExactly(100);
+  await turnEnd();
+  stream.close();
+});

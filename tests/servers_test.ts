@@ -1,0 +1,739 @@
+import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../deps.ts";
+import {
+  BaseServer,
+  connect,
+  type ServerOptions,
+  socketPair,
+  type SocketStream,
+  StreamRequestHandler,
+  type StreamRequestHandlerClass,
+  TcpServer,
+} from "../mod.ts";
+import { Echo, FakeListener, networkTest, rejectionOf } from "./testing.ts";
+
+/** Says which connection it is, and stays until its client leaves. */
+class Greeter extends StreamRequestHandler {
+  override async handle() {
+    await this.request.send("hello\n");
+    await this.request.recv();
+  }
+}
+
+/** Starts a server and a client, and ends both after `test`. */
+async function withServer(
+  Handler: StreamRequestHandlerClass,
+  test: (server: TcpServer, dial: () => Promise<SocketStream>) => Promise<void>,
+  options: ServerOptions = {},
+  Server = TcpServer,
+): Promise<void> {
+  const server = new Server({ port: 0 }, Handler, options);
+  const { port } = server.listen();
+  const serving = server.serveForever();
+  const clients: SocketStream[] = [];
+  try {
+    await test(server, async () => {
+      const client = await connect({ port });
+      clients.push(client);
+      return client;
+    });
+  } finally {
+    for (const client of clients) client.close();
+    await server.shutdown();
+    await serving;
+  }
+}
+
+/** Resolves when the handlers of `server` are gone. */
+async function idle(server: TcpServer): Promise<void> {
+  while (server.stats.active > 0) await new Promise((resolve) => setTimeout(resolve, 1));
+}
+
+// Starting
+
+Deno.test("a server that is constructed opens nothing and calls no hook", () => {
+  class Strict extends TcpServer {
+    override listen(): never {
+      throw new TypeError("a hook was called");
+    }
+  }
+  const server = new Strict({ port: 0 }, Echo);
+  assertThrows(() => server.address, TypeError);
+  assertEquals(server.stats.accepted, 0);
+});
+
+for (
+  const [name, make] of [
+    [
+      "an option that does not exist",
+      () => new TcpServer({ port: 0 }, Echo, { ...{ grace: 1 }, ...{ maxConnection: 1 } }),
+    ],
+    ["an empty hostname", () => new TcpServer({ hostname: "", port: 0 }, Echo)],
+  ] as const
+) {
+  Deno.test(`TcpServer refuses ${name}`, () => assertThrows(make, TypeError));
+}
+
+for (
+  const [name, make] of [
+    ["a port out of range", () => new TcpServer({ port: 65_536 }, Echo)],
+    ["a port that is no whole number", () => new TcpServer({ port: 1.5 }, Echo)],
+    ["no connections at all", () => new TcpServer({ port: 0 }, Echo, { maxConnections: 0 })],
+    ["a negative grace", () => new TcpServer({ port: 0 }, Echo, { grace: -1 })],
+    ["an idle timeout of 0", () => new TcpServer({ port: 0 }, Echo, { idleTimeout: 0 })],
+  ] as const
+) {
+  Deno.test(`TcpServer refuses ${name}`, () => assertThrows(make, RangeError));
+}
+
+networkTest("listen() resolves port 0, and a second call gives the same address", async () => {
+  await using server = new TcpServer({ port: 0 }, Echo);
+  const address = server.listen();
+  assert(address.port > 0);
+  assertEquals(address.hostname, "127.0.0.1");
+  assertEquals(server.listen(), address);
+  assertEquals(server.address, address);
+});
+
+networkTest("listen() says which address is in use, and what to do", async () => {
+  await using first = new TcpServer({ port: 0 }, Echo);
+  const { port } = first.listen();
+  const second = new TcpServer({ port }, Echo);
+  const error = await rejectionOf(second.serveForever());
+  assert(error instanceof Deno.errors.AddrInUse);
+  assertMatch(error.message, new RegExp(`^Cannot listen on 127.0.0.1:${port}: the address is in use; stop`));
+});
+
+networkTest("serveForever() rejects while it runs already", async () => {
+  await withServer(Echo, async (server) => {
+    await assertRejects(server.serveForever(), Deno.errors.Busy);
+    await assertRejects(server.handleRequest(), Deno.errors.Busy);
+  });
+});
+
+Deno.test("serveForever() without the permission says which flag is missing", {
+  permissions: { net: false },
+}, async () => {
+  const error = await rejectionOf(new TcpServer({ port: 8009 }, Echo).serveForever());
+  assert(error instanceof Deno.errors.NotCapable);
+  assertEquals(
+    error.message,
+    "Cannot listen on 127.0.0.1:8009: permission is missing; run again with --allow-net=127.0.0.1:8009",
+  );
+});
+
+// Serving
+
+networkTest("clients are served side by side", async () => {
+  await withServer(Greeter, async (_server, dial) => {
+    const clients = await Promise.all(Array.from({ length: 20 }, dial));
+    for (const client of clients) assertEquals(await client.readLine(), "hello");
+  });
+});
+
+networkTest("maxConnections: 1 serves one client after the other", async () => {
+  await withServer(Greeter, async (server, dial) => {
+    const first = await dial();
+    const second = await dial();
+    assertEquals(await first.readLine(), "hello");
+    second.timeout = 20;
+    await assertRejects(second.readLine(), Deno.errors.TimedOut);
+    assertEquals(server.stats.active, 1);
+    second.timeout = Infinity;
+    first.close();
+    assertEquals(await second.readLine(), "hello");
+  }, { maxConnections: 1 });
+});
+
+networkTest("a handler that throws ends its own connection only, and handleError() is told", async () => {
+  class Fragile extends StreamRequestHandler {
+    override async handle() {
+      const line = await this.request.readLine();
+      if (line === "throw") throw new TypeError("handler boom");
+      await this.request.send(`${line}\n`);
+    }
+  }
+  class Reporting extends TcpServer {
+    readonly reported: string[] = [];
+    override handleError(error: unknown, clientAddress: Deno.Addr) {
+      this.reported.push(`${error} from ${clientAddress.transport}`);
+    }
+  }
+  await withServer(
+    Fragile,
+    async (server, dial) => {
+      const [bad, good] = [await dial(), await dial()];
+      await bad.send("throw\n");
+      assertEquals(await bad.recv(), null);
+      await good.send("fine\n");
+      assertEquals(await good.readLine(), "fine");
+      assertEquals(server instanceof Reporting && server.reported, ["TypeError: handler boom from tcp"]);
+      assertEquals(server.stats.errors, 1);
+    },
+    {},
+    Reporting,
+  );
+});
+
+networkTest("what is still buffered when the handler returns is sent", async () => {
+  class Hasty extends StreamRequestHandler {
+    override handle() {
+      this.request.write("a".repeat(100_000));
+    }
+  }
+  await withServer(Hasty, async (_server, dial) => {
+    const client = await dial();
+    assertEquals((await client.readExactly(100_000)).length, 100_000);
+    assertEquals(await client.recv(), null);
+  });
+});
+
+networkTest("a client that vanished is counted, and prints nothing", async () => {
+  class Impatient extends StreamRequestHandler {
+    override async handle() {
+      await this.request.readExactly(10);
+    }
+  }
+  await withServer(Impatient, async (server, dial) => {
+    const client = await dial();
+    await client.send("abc");
+    client.close();
+    while (server.stats.accepted === 0) await dial();
+    await idle(server).catch(() => {});
+    assertEquals(server.stats.errors, 0);
+  });
+});
+
+networkTest("another connection's trouble inside a handler is the handler's own error", async () => {
+  class Proxy extends StreamRequestHandler {
+    override async handle() {
+      const [ours, theirs] = socketPair();
+      theirs.close();
+      ours.close();
+      await ours.recv();
+    }
+  }
+  class Silent extends TcpServer {
+    override handleError() {}
+  }
+  await withServer(
+    Proxy,
+    async (server, dial) => {
+      await (await dial()).recv();
+      assertEquals([server.stats.errors, server.stats.aborted], [1, 0]);
+    },
+    {},
+    Silent,
+  );
+});
+
+networkTest("idleTimeout closes a silent client, and counts it", async () => {
+  await withServer(Echo, async (server, dial) => {
+    const client = await dial();
+    assertEquals(await client.recv(), null);
+    await idle(server);
+    assertEquals([server.stats.timedOut, server.stats.errors], [1, 0]);
+  }, { idleTimeout: 20 });
+});
+
+networkTest("stats count requests and bytes of those that left and of those that stay", async () => {
+  await withServer(Echo, async (server, dial) => {
+    const [first, second] = [await dial(), await dial()];
+    for (const client of [first, second]) {
+      await client.send("12345");
+      await client.readExactly(5);
+    }
+    first.close();
+    while (server.stats.active > 1) await new Promise((resolve) => setTimeout(resolve, 1));
+    const { accepted, active, bytesRead, bytesWritten } = server.stats;
+    assertEquals({ accepted, active, bytesRead, bytesWritten }, {
+      accepted: 2,
+      active: 1,
+      bytesRead: 10,
+      bytesWritten: 10,
+    });
+  });
+});
+
+// Hooks
+
+networkTest("the hooks run in the documented order", async () => {
+  const calls: string[] = [];
+  class Handler extends StreamRequestHandler {
+    override setup() {
+      calls.push("setup");
+    }
+    override handle() {
+      calls.push("handle");
+      throw new TypeError("after handle");
+    }
+    override finish() {
+      calls.push("finish");
+    }
+  }
+  class Server extends TcpServer {
+    override getRequest(conn: Deno.Conn) {
+      calls.push("getRequest");
+      return super.getRequest(conn);
+    }
+    override verifyRequest() {
+      calls.push("verifyRequest");
+      return true;
+    }
+    override async processRequest(request: SocketStream, clientAddress: Deno.Addr) {
+      calls.push("processRequest");
+      await super.processRequest(request, clientAddress);
+    }
+    override async finishRequest(request: SocketStream, clientAddress: Deno.Addr) {
+      calls.push("finishRequest");
+      await super.finishRequest(request, clientAddress);
+    }
+    override handleError() {
+      calls.push("handleError");
+    }
+  }
+  await withServer(
+    Handler,
+    async (_server, dial) => {
+      assertEquals(await (await dial()).recv(), null);
+      assertEquals(calls, [
+        "getRequest",
+        "verifyRequest",
+        "processRequest",
+        "finishRequest",
+        "setup",
+        "handle",
+        "finish",
+        "handleError",
+      ]);
+    },
+    {},
+    Server,
+  );
+});
+
+networkTest("verifyRequest() that says no costs no handler", async () => {
+  class Guarded extends TcpServer {
+    override verifyRequest() {
+      return Promise.resolve(false);
+    }
+  }
+  class Unreachable extends StreamRequestHandler {
+    override handle() {
+      throw new TypeError("a handler was made");
+    }
+  }
+  await withServer(
+    Unreachable,
+    async (server, dial) => {
+      assertEquals(await (await dial()).recv(), null);
+      assertEquals([server.stats.rejected, server.stats.errors], [1, 0]);
+    },
+    {},
+    Guarded,
+  );
+});
+
+networkTest("hooks that throw hurt their own connection only", async () => {
+  class Faulty extends TcpServer {
+    faults = ["getRequest", "verifyRequest", "handleError"];
+    override getRequest(conn: Deno.Conn) {
+      this.#fail("getRequest");
+      return super.getRequest(conn);
+    }
+    override verifyRequest() {
+      this.#fail("verifyRequest");
+      return true;
+    }
+    override handleError() {
+      this.#fail("handleError");
+    }
+    #fail(hook: string) {
+      if (this.faults[0] !== hook) return;
+      this.faults.shift();
+      throw new TypeError(`a bug in ${hook}`);
+    }
+  }
+  const print = console.error;
+  console.error = () => {};
+  try {
+    await withServer(
+      Echo,
+      async (_server, dial) => {
+        assertEquals(await (await dial()).recv(), null);
+        assertEquals(await (await dial()).recv(), null);
+        const client = await dial();
+        await client.send("fine\n");
+        assertEquals(await client.readLine(), "fine");
+      },
+      {},
+      Faulty,
+    );
+  } finally {
+    console.error = print;
+  }
+});
+
+networkTest("handleError() prints a handler's error with its stack, and a client's fault in one sentence", async () => {
+  const printed: unknown[][] = [];
+  const print = console.error;
+  console.error = (...args) => void printed.push(args);
+  class Lines extends StreamRequestHandler {
+    override async handle() {
+      await this.request.readLine();
+      throw new TypeError("a bug");
+    }
+  }
+  try {
+    await withServer(Lines, async (_server, dial) => {
+      const [longWinded, short] = [await dial(), await dial()];
+      await longWinded.send("far too long\n");
+      assertEquals(await longWinded.recv(), null);
+      await short.send("ok\n");
+      assertEquals(await short.recv(), null);
+    }, { limit: 4 });
+  } finally {
+    console.error = print;
+  }
+  assertEquals(printed.length, 2);
+  assertEquals(printed[0]?.[1], "Cannot find the end of the line within the limit of 4 bytes");
+  assert(printed[1]?.[1] instanceof TypeError);
+});
+
+networkTest("serviceActions() runs while the server serves, and survives its own errors", async () => {
+  const called = Promise.withResolvers<void>();
+  class Serviced extends TcpServer {
+    override serviceActions() {
+      called.resolve();
+      throw new TypeError("a bug in a chore");
+    }
+  }
+  const print = console.error;
+  console.error = () => {};
+  try {
+    await withServer(Echo, () => called.promise, {}, Serviced);
+  } finally {
+    console.error = print;
+  }
+});
+
+// One request at a time
+
+networkTest("handleRequest() serves one request", async () => {
+  await using server = new TcpServer({ port: 0 }, Echo);
+  const { port } = server.listen();
+  const handled = server.handleRequest();
+  const client = await connect({ port });
+  await client.send("once\n");
+  assertEquals(await client.readLine(), "once");
+  client.close();
+  await handled;
+  assertEquals([server.stats.accepted, server.stats.active], [1, 0]);
+});
+
+networkTest("handleRequest() calls handleTimeout() when nobody comes, and the next call serves who comes", async () => {
+  let timeouts = 0;
+  class Waiting extends TcpServer {
+    override handleTimeout() {
+      timeouts++;
+    }
+  }
+  await using server = new Waiting({ port: 0 }, Echo);
+  const { port } = server.listen();
+  await server.handleRequest({ timeout: 5 });
+  await server.handleRequest({ timeout: 5 });
+  assertEquals(timeouts, 2);
+  const client = await connect({ port });
+  await client.send("late\n");
+  await client.closeWrite();
+  await server.handleRequest();
+  assertEquals(await client.readLine(), "late");
+  client.close();
+});
+
+networkTest("serveForever() serves the request that a handleRequest() has waited for in vain", async () => {
+  await using server = new TcpServer({ port: 0 }, Echo);
+  const { port } = server.listen();
+  await server.handleRequest({ timeout: 5 });
+  server.serveForever();
+  for (const word of ["one", "two"]) {
+    await using client = await connect({ port });
+    await client.send(`${word}\n`);
+    assertEquals(await client.readLine(), word);
+  }
+});
+
+// Ending
+
+networkTest("shutdown() of an idle server resolves, and frees the port", async () => {
+  const server = new TcpServer({ port: 0 }, Echo);
+  const { port } = server.listen();
+  const serving = server.serveForever();
+  const { finished, cut } = await server.shutdown();
+  assertEquals({ finished, cut }, { finished: 0, cut: [] });
+  await using again = new TcpServer({ port }, Echo);
+  again.listen();
+  await serving;
+});
+
+Deno.test("shutdown() before the start lets serveForever() resolve at once", async () => {
+  const server = new TcpServer({ port: 0 }, Echo);
+  await server.shutdown();
+  await server.serveForever();
+  await server.handleRequest();
+  assertThrows(() => server.listen(), TypeError);
+});
+
+networkTest("shutdown() while serveForever() is still starting ends it", async () => {
+  const server = new TcpServer({ port: 0 }, Echo);
+  const serving = server.serveForever();
+  await server.shutdown();
+  await serving;
+});
+
+networkTest("shutdown() called twice is one shutdown", async () => {
+  await withServer(Echo, async (server) => {
+    assertEquals(server.shutdown(), server.shutdown());
+    await server.shutdown();
+  });
+});
+
+networkTest("serveForever({ signal }) shuts down when the signal aborts, also if it had aborted before", async () => {
+  const controller = new AbortController();
+  const server = new TcpServer({ port: 0 }, Echo);
+  const serving = server.serveForever({ signal: controller.signal });
+  controller.abort();
+  await serving;
+  await new TcpServer({ port: 0 }, Echo).serveForever({ signal: AbortSignal.abort() });
+});
+
+networkTest("shutdown() waits for a handler that is in the middle of something", async () => {
+  const release = Promise.withResolvers<void>();
+  const started = Promise.withResolvers<void>();
+  class Slow extends StreamRequestHandler {
+    override async handle() {
+      const line = await this.request.readLine();
+      started.resolve();
+      await release.promise;
+      await this.request.send(`${line} is done\n`);
+    }
+  }
+  await withServer(Slow, async (server, dial) => {
+    const client = await dial();
+    await client.send("work\n");
+    await started.promise;
+    const down = server.shutdown();
+    release.resolve();
+    assertEquals(await client.readLine(), "work is done");
+    const { finished, cut } = await down;
+    assertEquals({ finished, cut }, { finished: 1, cut: [] });
+  });
+});
+
+networkTest("shutdown() lets a message that has begun come to its end", async () => {
+  await withServer(
+    class Lines extends StreamRequestHandler {
+      override async handle() {
+        for await (const line of this.request.lines()) await this.request.send(`${line}!\n`);
+      }
+    },
+    async (server, dial) => {
+      const client = await dial();
+      await client.send("first\nsec");
+      assertEquals(await client.readLine(), "first!");
+      const down = server.shutdown();
+      // The server has had its time to end what is between two messages.
+      await new Promise((resolve) => server.signal.addEventListener("abort", resolve));
+      await new Promise((resolve) => setTimeout(resolve, 100));
+      await client.send("ond\n");
+      assertEquals(await client.readLine(), "second!");
+      assertEquals(await client.readLine(), null);
+      assertEquals((await down).cut, []);
+    },
+  );
+});
+
+networkTest("shutdown() does not end a body that is read behind its header", async () => {
+  class Records extends StreamRequestHandler {
+    override async handle() {
+      const [length = 0] = await this.request.readExactly(1);
+      await this.request.send(await this.request.readExactly(length));
+    }
+  }
+  await withServer(Records, async (server, dial) => {
+    const client = await dial();
+    await client.send(new Uint8Array([3]));
+    while (server.stats.bytesRead === 0) await new Promise((resolve) => setTimeout(resolve, 1));
+    const down = server.shutdown();
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    await client.send("abc");
+    assertEquals((await client.readExactly(3)).length, 3);
+    assertEquals((await down).cut, []);
+  });
+});
+
+networkTest("shutdown() serves clients that wait in the backlog", async () => {
+  await using server = new TcpServer({ port: 0 }, Echo, { maxConnections: 1 });
+  const { port } = server.listen();
+  const clients = await Promise.all(Array.from({ length: 10 }, () => connect({ port })));
+  for (const client of clients) await client.send("waiting\n");
+  const serving = server.serveForever();
+  assertEquals(await clients[0]?.readLine(), "waiting");
+  const down = server.shutdown();
+  for (const client of clients.slice(1)) {
+    assertEquals(await client.readLine(), "waiting");
+    client.close();
+  }
+  clients[0]?.close();
+  assertEquals((await down).cut, []);
+  await serving;
+});
+
+networkTest("shutdown() gives clients that have just come a moment to speak", async () => {
+  await withServer(Echo, async (server, dial) => {
+    const client = await dial();
+    while (server.stats.active === 0) await new Promise((resolve) => setTimeout(resolve, 1));
+    const down = server.shutdown();
+    await new Promise((resolve) => setTimeout(resolve, 100));
+    await client.send("not too late\n");
+    assertEquals(await client.readLine(), "not too late");
+    await down;
+  });
+});
+
+networkTest("shutdown() aborts the signal of handlers that wait for something else", async () => {
+  class Waiting extends StreamRequestHandler {
+    override async handle() {
+      await this.request.send("waiting\n");
+      await new Promise((resolve) => this.signal.addEventListener("abort", resolve));
+      await this.request.send("goodbye\n");
+    }
+  }
+  await withServer(Waiting, async (server, dial) => {
+    const client = await dial();
+    assertEquals(await client.readLine(), "waiting");
+    const down = server.shutdown();
+    assertEquals(await client.readLine(), "goodbye");
+    assertEquals((await down).finished, 1);
+  });
+});
+
+/** Never ends by itself, whatever happens to its stream. */
+class Endless extends StreamRequestHandler {
+  override async handle() {
+    await this.request.send("ready\n");
+    await new Promise(() => {});
+  }
+}
+
+networkTest("shutdown() cuts a handler off that never ends, and names its client", async () => {
+  await withServer(Endless, async (server, dial) => {
+    const client = await dial();
+    assertEquals(await client.readLine(), "ready");
+    const { finished, cut } = await server.shutdown({ grace: 20 });
+    assertEquals({ finished, cut }, { finished: 0, cut: [client.localAddress] });
+    assertEquals(await client.recv(), null);
+  });
+});
+
+networkTest("shutdown({ grace: 0 }) cuts at once, and finish() still runs", async () => {
+  const finished = Promise.withResolvers<void>();
+  class Ending extends StreamRequestHandler {
+    override async handle() {
+      await this.request.send("ready\n");
+      await this.request.readExactly(1_000);
+    }
+    override finish() {
+      finished.resolve();
+    }
+  }
+  await withServer(Ending, async (server, dial) => {
+    const client = await dial();
+    assertEquals(await client.readLine(), "ready");
+    assertEquals((await server.shutdown({ grace: 0 })).cut.length, 1);
+    await finished.promise;
+    assertEquals([server.stats.errors, server.stats.aborted], [0, 0]);
+  });
+});
+
+networkTest("shutdown() from inside handlers does not deadlock", async () => {
+  class Stop extends StreamRequestHandler {
+    override async handle() {
+      await this.request.readLine();
+      const { cut } = await this.server.shutdown();
+      await this.request.send(`${cut.length} were cut\n`);
+    }
+  }
+  const server = new TcpServer({ port: 0 }, Stop);
+  const { port } = server.listen();
+  const serving = server.serveForever();
+  const clients = [await connect({ port }), await connect({ port })];
+  for (const client of clients) await client.send("stop\n");
+  for (const client of clients) assertEquals(await client.readLine(), "0 were cut");
+  await serving;
+  for (const client of clients) client.close();
+});
+
+networkTest("close() cuts everything off, and serveForever() resolves", async () => {
+  await withServer(Endless, async (server, dial) => {
+    const client = await dial();
+    assertEquals(await client.readLine(), "ready");
+    server.close();
+    server.close();
+    assertEquals(await client.recv(), null);
+    assert(server.signal.aborted);
+  });
+});
+
+networkTest("close() ends a shutdown that waits", async () => {
+  await withServer(Endless, async (server, dial) => {
+    const client = await dial();
+    assertEquals(await client.readLine(), "ready");
+    const down = server.shutdown({ grace: Infinity });
+    server.close();
+    assertEquals((await down).cut.length, 1);
+  });
+});
+
+networkTest("await using shuts a server down", async () => {
+  let port: number;
+  {
+    await using server = new TcpServer({ port: 0 }, Echo);
+    ({ port } = server.listen());
+    server.serveForever();
+  }
+  await assertRejects(connect({ port }), Deno.errors.ConnectionRefused);
+});
+
+Deno.test("close() right after constructing does nothing else", async () => {
+  const server = new TcpServer({ port: 0 }, Echo);
+  server.close();
+  await server.serveForever();
+});
+
+Deno.test("a server that was closed while it was about to listen closes the listener", async () => {
+  const fake = new FakeListener([]);
+  class Late extends TcpServer {
+    override listen(): Deno.NetAddr {
+      this.close();
+      return this.adopt(fake, { transport: "tcp", hostname: "127.0.0.1", port: 1 });
+    }
+  }
+  await new Late({ port: 0 }, Echo).serveForever();
+  assert(fake.closed);
+});
+
+networkTest("handlers that are done are not kept", async () => {
+  await withServer(Greeter, async (server, dial) => {
+    for (let i = 0; i < 20; i++) {
+      const client = await dial();
+      await client.readLine();
+      client.close();
+    }
+    await idle(server);
+    assertEquals(server.stats.accepted, 20);
+  });
+});
+
+Deno.test("BaseServer is what all servers are", () => {
+  assert(new TcpServer({ port: 0 }, Echo) instanceof BaseServer);
+});
