@@ -172,9 +172,10 @@ async function converse(server: SocketStream, { keepOpen, lineEnd }: Settings): 
 
   async function printWhatComes() {
     for await (const data of server) {
-      if (asking) erasePrompt(terminal);
+      const rows = asking ? erasePrompt(terminal) : 0;
       stdout.write(data);
       if (data.at(-1) !== LINE_FEED) stdout.write("\n");
+      stdout.write("\n".repeat(rows)); // The prompt goes up again by as many.
       if (asking) ask();
     }
     if (!open) return;
@@ -191,10 +192,13 @@ async function converse(server: SocketStream, { keepOpen, lineEnd }: Settings): 
   }
 }
 
-function erasePrompt(terminal: Interface): void {
-  moveCursor(stdout, 0, -terminal.getCursorPos().rows);
+/** Clears the prompt with what is typed; returns how many rows that had above the cursor. */
+function erasePrompt(terminal: Interface): number {
+  const { rows } = terminal.getCursorPos();
+  moveCursor(stdout, 0, -rows);
   cursorTo(stdout, 0);
   clearScreenDown(stdout);
+  return rows;
 }
 
 /** How long a person who has ended waits for the last answer. */

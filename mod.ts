@@ -2452,7 +2452,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   abstract listen(): Address | Promise<Address>;
 
   /** Gives the requests one by one as they come, and ends when the server stops listening. */
-  protected abstract requests(): AsyncGenerator<Request, void>;
+  protected abstract acceptRequests(): AsyncGenerator<Request, void>;
   /** Stops listening. With `backlog`, what waits in the kernel is given out before. Resolves when the address is free; never rejects. */
   protected abstract stopListening(backlog: boolean): Promise<void>;
   /** Who sent `request`. */
@@ -2736,7 +2736,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   /** Counts something that happened outside of a request. */
-  protected count(what: "lost" | "overloads"): void {
+  protected countIncident(what: "lost" | "overloads"): void {
     this.#counts[what]++;
   }
 
@@ -2800,7 +2800,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     } catch (error) {
       if (!this.#isClosing) throw error; // Else it was closed while it began to listen.
     }
-    return this.#requests ??= this.requests();
+    return this.#requests ??= this.acceptRequests();
   }
 
   #startServices(): () => void {
@@ -3048,7 +3048,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
           case "closed":
             return this.#backlogEmpty.resolve();
           case "peer":
-            this.count("lost");
+            this.countIncident("lost");
             continue;
           case "overload":
             // Those who wait would have to wait for longer than the shutdown does.
@@ -3101,7 +3101,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   }
 
   /** The requests of {@linkcode StreamServer.connections}. */
-  protected override async *requests(): AsyncGenerator<SocketStream, void> {
+  protected override async *acceptRequests(): AsyncGenerator<SocketStream, void> {
     for await (const conn of this.connections()) {
       try {
         yield this.getRequest(conn);
@@ -3180,7 +3180,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   }
 
   #noteOverload(error: unknown): void {
-    this.count("overloads");
+    this.countIncident("overloads");
     try {
       this.handleOverload(error);
     } catch (error) {
@@ -3358,7 +3358,7 @@ export class UnixServer extends StreamServer<Deno.UnixAddr> {
       this.checkOpen();
       if (!this.#isAbstract) await removeStaleSocket(this.#path);
       const listener = Deno.listen(address);
-      if (!this.#isAbstract) this.#claimFile();
+      if (!this.#isAbstract) this.#claimFile(listener);
       return this.adopt(listener, address);
     } catch (error) {
       this.#binding = undefined;
@@ -3371,25 +3371,38 @@ export class UnixServer extends StreamServer<Deno.UnixAddr> {
     return this.#path.startsWith("\0");
   }
 
-  #claimFile(): void {
-    if (this.#mode !== undefined) Deno.chmodSync(this.#path, this.#mode);
-    this.#file = Deno.lstatSync(this.#path);
+  #claimFile(listener: Deno.Listener): void {
+    try {
+      if (this.#mode !== undefined) Deno.chmodSync(this.#path, this.#mode);
+      this.#file = Deno.lstatSync(this.#path);
+    } catch (error) {
+      closeQuietly(listener);
+      throw error;
+    }
   }
 
   /** Closes the listener and removes its file, but no other that has come into its place. */
   protected override async closeListener(listener: Deno.Listener): Promise<void> {
-    const present = this.#file === undefined ? undefined : fileAt(this.#path);
-    if (present === undefined || isSameFile(present, this.#file)) {
-      await super.closeListener(listener);
-      if (isSameFile(fileAt(this.#path), this.#file)) Deno.removeSync(this.#path);
-      return;
-    }
     // The runtime removes whatever has the listener's path, so another server's
     // file is put aside for that moment.
-    const aside = `${this.#path}.${crypto.randomUUID()}`;
-    Deno.renameSync(this.#path, aside);
+    const aside = this.#othersHavePath ? `${this.#path}.${crypto.randomUUID()}` : undefined;
+    if (aside !== undefined) this.#tidyUp(() => Deno.renameSync(this.#path, aside));
     await super.closeListener(listener);
-    Deno.renameSync(aside, this.#path);
+    if (aside !== undefined) this.#tidyUp(() => Deno.renameSync(aside, this.#path));
+    else if (isSameFile(fileAt(this.#path), this.#file)) this.#tidyUp(() => Deno.removeSync(this.#path));
+  }
+
+  get #othersHavePath(): boolean {
+    const present = this.#file === undefined ? undefined : fileAt(this.#path);
+    return present !== undefined && !isSameFile(present, this.#file);
+  }
+
+  #tidyUp(action: () => void): void {
+    try {
+      action();
+    } catch (error) {
+      console.error(`Cannot tidy up the socket file ${this.#path}: ${messageOf(error)}`);
+    }
   }
 }
 
@@ -3412,9 +3425,9 @@ async function removeStaleSocket(path: string): Promise<void> {
 function fileAt(path: string): Deno.FileInfo | undefined {
   try {
     return Deno.lstatSync(path);
-  } catch (error) {
-    if (error instanceof Deno.errors.NotFound) return undefined;
-    throw error;
+  } catch {
+    // It is not there, or we may not know: the bind will say so.
+    return undefined;
   }
 }
 

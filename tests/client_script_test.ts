@@ -7,8 +7,10 @@ import {
   freePort,
   type Outcome,
   type Peer,
+  portOf,
   Program,
   runScript,
+  startPython,
   startScript,
   startServer,
   TalkingServer,
@@ -228,8 +230,8 @@ programTest("a server that leaves in the middle is one sentence and exit code 1"
 });
 
 programTest("a server that resets the connection is one sentence and exit code 1", async () => {
-  await using server = new FakeServer((peer) => peer.taste());
-  assertFailed(await runClient(server, ["hello"]), 1, /^client\.ts: .*server has left/);
+  await using server = startPython("resetting_server.py");
+  assertFailed(await runClient(await portOf(server), ["hello"]), 1, /^client\.ts: .*server has left/);
 });
 
 programTest("a server that is not there is one sentence and exit code 1", async () => {
@@ -348,6 +350,7 @@ for (const ending of [ENTER, CTRL_D]) {
 programTest("with --keep-open an empty line asks again and sends nothing", async () => {
   await using server = new FakeServer(echoLines);
   await using terminal = terminalOf(server, ["--keep-open"]);
+  await terminal.shows(">>>");
   await terminal.type(ENTER);
   await terminal.shows(">>>", ">>>");
   await terminal.type(`hello${ENTER}`);
@@ -359,6 +362,7 @@ programTest("with --keep-open an empty line asks again and sends nothing", async
 programTest("the up arrow brings back the last line", async () => {
   await using server = new FakeServer(echoLines);
   await using terminal = terminalOf(server);
+  await terminal.shows(">>>");
   await terminal.type(`hello${ENTER}`);
   await terminal.shows(">>> hello", "echo: hello", ">>>");
   await terminal.type(UP);
@@ -370,6 +374,7 @@ programTest("the up arrow brings back the last line", async () => {
 programTest("a line can be edited in its middle", async () => {
   await using server = new FakeServer(echoLines);
   await using terminal = terminalOf(server);
+  await terminal.shows(">>>");
   await terminal.type(`hllo${LEFT.repeat(3)}e${ENTER}`);
   await terminal.shows(">>> hello", "echo: hello", ">>>");
 });
@@ -377,7 +382,7 @@ programTest("a line can be edited in its middle", async () => {
 const TYPED = [
   { name: "nothing", typed: "", columns: 80, rows: [">>>"] },
   { name: "half a line", typed: "half", columns: 80, rows: [">>> half"] },
-  { name: "more than a row", typed: "0123456789abcdef", columns: 10, rows: [">>> 012345", "6789abcdef"] },
+  { name: "more than a row", typed: "0123456789abcdef", columns: 10, rows: [">>> 012345", "6789abcdef", ""] },
   { name: "more than two rows", typed: "0123456789abcdefg", columns: 10, rows: [">>> 012345", "6789abcdef", "g"] },
 ];
 
@@ -400,6 +405,7 @@ for (const { name, typed, columns, rows } of TYPED) {
 programTest("the cursor stays where it was while the server speaks", async () => {
   await using server = new TalkingServer();
   await using terminal = terminalOf(server);
+  await terminal.shows(">>>");
   await terminal.type(`hllo${LEFT.repeat(3)}`);
   await terminal.shows(">>> hllo");
   await server.say("news\n");
@@ -411,6 +417,7 @@ programTest("the cursor stays where it was while the server speaks", async () =>
 programTest("a server that leaves while the prompt waits ends the client with a clear line", async () => {
   await using server = new TalkingServer();
   await using terminal = terminalOf(server);
+  await terminal.shows(">>>");
   await terminal.type("half");
   await terminal.shows(">>> half");
   await server.hangUp();
@@ -418,8 +425,9 @@ programTest("a server that leaves while the prompt waits ends the client with a 
 });
 
 programTest("a server that resets the connection ends the client with a clear line", async () => {
-  await using server = new FakeServer((peer) => peer.taste());
-  await using terminal = terminalOf(server);
+  await using server = startPython("resetting_server.py");
+  await using terminal = new Terminal(["--port", String(await portOf(server))]);
+  await terminal.shows(">>>");
   await terminal.type(`hello${ENTER}`);
   const { how, screen } = await terminal.ended();
   assertEquals(how, "exit code 1, terminal as it was");

@@ -199,9 +199,9 @@ export class FakeConn implements StreamConn {
     this.#checkOpen();
     if (this.#reader !== undefined) throw new TypeError("Two reads at the same time");
     this.#reader = { into, settled: Promise.withResolvers() };
-    this.#alive = setInterval(() => {}, 1_000);
     const { promise } = this.#reader.settled;
     this.#deliver();
+    if (this.isReading) this.#alive = setInterval(() => {}, 1_000);
     return promise;
   }
 

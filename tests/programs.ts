@@ -363,11 +363,6 @@ export class Peer implements Disposable {
     return text;
   }
 
-  /** Takes one byte, so that there is something unread: closing then resets the connection. */
-  async taste(): Promise<void> {
-    await this.#conn.read(new Uint8Array(1));
-  }
-
   /** All that arrives until the stream ends. */
   async receiveAll(): Promise<Uint8Array> {
     const chunks: Uint8Array[] = [];
@@ -484,7 +479,8 @@ export function screen(output: string, columns = 80): string[] {
     A: (n) => row = Math.max(0, row - n),
     C: (n) => column = Math.min(columns - 1, column + n),
     D: (n) => column = Math.max(0, column - n),
-    G: (n) => column = n - 1,
+    // Rows and columns count from 1; a 0 is taken for it.
+    G: (n) => column = Math.max(0, n - 1),
     J: () => rows.splice(row, rows.length, (rows[row] ?? "").slice(0, column)),
     K: () => rows[row] = (rows[row] ?? "").slice(0, column),
   };

@@ -9,7 +9,7 @@ import {
   type StreamRequestHandlerClass,
   TcpServer,
 } from "../mod.ts";
-import { Echo, FakeListener, networkTest, rejectionOf } from "./testing.ts";
+import { Echo, FakeListener, networkTest, rejectionOf, until } from "./testing.ts";
 
 /** Says which connection it is, and stays until its client leaves. */
 class Greeter extends StreamRequestHandler {
@@ -20,13 +20,10 @@ class Greeter extends StreamRequestHandler {
 }
 
 /** Starts a server and a client, and ends both after `test`. */
-async function withServer(
-  Handler: StreamRequestHandlerClass,
-  test: (server: TcpServer, dial: () => Promise<SocketStream>) => Promise<void>,
-  options: ServerOptions = {},
-  Server = TcpServer,
+async function withServer<Server extends TcpServer>(
+  server: Server,
+  test: (server: Server, dial: () => Promise<SocketStream>) => Promise<void>,
 ): Promise<void> {
-  const server = new Server({ port: 0 }, Handler, options);
   const { port } = server.listen();
   const serving = server.serveForever();
   const clients: SocketStream[] = [];
@@ -43,9 +40,18 @@ async function withServer(
   }
 }
 
-/** Resolves when the handlers of `server` are gone. */
-async function idle(server: TcpServer): Promise<void> {
-  while (server.stats.active > 0) await new Promise((resolve) => setTimeout(resolve, 1));
+/** Tells when a shutdown ends what waits for a new message. */
+class Draining extends TcpServer {
+  readonly #ending = Promise.withResolvers<void>();
+
+  get ending(): Promise<void> {
+    return this.#ending.promise;
+  }
+
+  protected override endRequest(request: SocketStream, firstWord: boolean) {
+    super.endRequest(request, firstWord);
+    this.#ending.resolve();
+  }
 }
 
 // Starting
@@ -104,7 +110,7 @@ networkTest("listen() says which address is in use, and what to do", async () =>
 });
 
 networkTest("serveForever() rejects while it runs already", async () => {
-  await withServer(Echo, async (server) => {
+  await withServer(new TcpServer({ port: 0 }, Echo), async (server) => {
     await assertRejects(server.serveForever(), Deno.errors.Busy);
     await assertRejects(server.handleRequest(), Deno.errors.Busy);
   });
@@ -124,14 +130,14 @@ Deno.test("serveForever() without the permission says which flag is missing", {
 // Serving
 
 networkTest("clients are served side by side", async () => {
-  await withServer(Greeter, async (_server, dial) => {
+  await withServer(new TcpServer({ port: 0 }, Greeter), async (_server, dial) => {
     const clients = await Promise.all(Array.from({ length: 20 }, dial));
     for (const client of clients) assertEquals(await client.readLine(), "hello");
   });
 });
 
 networkTest("maxConnections: 1 serves one client after the other", async () => {
-  await withServer(Greeter, async (server, dial) => {
+  await withServer(new TcpServer({ port: 0 }, Greeter, { maxConnections: 1 }), async (server, dial) => {
     const first = await dial();
     const second = await dial();
     assertEquals(await first.readLine(), "hello");
@@ -141,7 +147,7 @@ networkTest("maxConnections: 1 serves one client after the other", async () => {
     second.timeout = Infinity;
     first.close();
     assertEquals(await second.readLine(), "hello");
-  }, { maxConnections: 1 });
+  });
 });
 
 networkTest("a handler that throws ends its own connection only, and handleError() is told", async () => {
@@ -158,20 +164,15 @@ networkTest("a handler that throws ends its own connection only, and handleError
       this.reported.push(`${error} from ${clientAddress.transport}`);
     }
   }
-  await withServer(
-    Fragile,
-    async (server, dial) => {
-      const [bad, good] = [await dial(), await dial()];
-      await bad.send("throw\n");
-      assertEquals(await bad.recv(), null);
-      await good.send("fine\n");
-      assertEquals(await good.readLine(), "fine");
-      assertEquals(server instanceof Reporting && server.reported, ["TypeError: handler boom from tcp"]);
-      assertEquals(server.stats.errors, 1);
-    },
-    {},
-    Reporting,
-  );
+  await withServer(new Reporting({ port: 0 }, Fragile), async (server, dial) => {
+    const [bad, good] = [await dial(), await dial()];
+    await bad.send("throw\n");
+    assertEquals(await bad.recv(), null);
+    await good.send("fine\n");
+    assertEquals(await good.readLine(), "fine");
+    assertEquals(server.reported, ["TypeError: handler boom from tcp"]);
+    assertEquals(server.stats.errors, 1);
+  });
 });
 
 networkTest("what is still buffered when the handler returns is sent", async () => {
@@ -180,7 +181,7 @@ networkTest("what is still buffered when the handler returns is sent", async () 
       this.request.write("a".repeat(100_000));
     }
   }
-  await withServer(Hasty, async (_server, dial) => {
+  await withServer(new TcpServer({ port: 0 }, Hasty), async (_server, dial) => {
     const client = await dial();
     assertEquals((await client.readExactly(100_000)).length, 100_000);
     assertEquals(await client.recv(), null);
@@ -193,12 +194,11 @@ networkTest("a client that vanished is counted, and prints nothing", async () =>
       await this.request.readExactly(10);
     }
   }
-  await withServer(Impatient, async (server, dial) => {
+  await withServer(new TcpServer({ port: 0 }, Impatient), async (server, dial) => {
     const client = await dial();
     await client.send("abc");
     client.close();
-    while (server.stats.accepted === 0) await dial();
-    await idle(server).catch(() => {});
+    await until(() => server.stats.aborted === 1);
     assertEquals(server.stats.errors, 0);
   });
 });
@@ -215,35 +215,30 @@ networkTest("another connection's trouble inside a handler is the handler's own 
   class Silent extends TcpServer {
     override handleError() {}
   }
-  await withServer(
-    Proxy,
-    async (server, dial) => {
-      await (await dial()).recv();
-      assertEquals([server.stats.errors, server.stats.aborted], [1, 0]);
-    },
-    {},
-    Silent,
-  );
+  await withServer(new Silent({ port: 0 }, Proxy), async (server, dial) => {
+    await (await dial()).recv();
+    assertEquals([server.stats.errors, server.stats.aborted], [1, 0]);
+  });
 });
 
 networkTest("idleTimeout closes a silent client, and counts it", async () => {
-  await withServer(Echo, async (server, dial) => {
+  await withServer(new TcpServer({ port: 0 }, Echo, { idleTimeout: 20 }), async (server, dial) => {
     const client = await dial();
     assertEquals(await client.recv(), null);
-    await idle(server);
+    await until(() => server.stats.active === 0);
     assertEquals([server.stats.timedOut, server.stats.errors], [1, 0]);
-  }, { idleTimeout: 20 });
+  });
 });
 
 networkTest("stats count requests and bytes of those that left and of those that stay", async () => {
-  await withServer(Echo, async (server, dial) => {
+  await withServer(new TcpServer({ port: 0 }, Echo), async (server, dial) => {
     const [first, second] = [await dial(), await dial()];
     for (const client of [first, second]) {
       await client.send("12345");
       await client.readExactly(5);
     }
     first.close();
-    while (server.stats.active > 1) await new Promise((resolve) => setTimeout(resolve, 1));
+    await until(() => server.stats.active === 1);
     const { accepted, active, bytesRead, bytesWritten } = server.stats;
     assertEquals({ accepted, active, bytesRead, bytesWritten }, {
       accepted: 2,
@@ -291,24 +286,19 @@ networkTest("the hooks run in the documented order", async () => {
       calls.push("handleError");
     }
   }
-  await withServer(
-    Handler,
-    async (_server, dial) => {
-      assertEquals(await (await dial()).recv(), null);
-      assertEquals(calls, [
-        "getRequest",
-        "verifyRequest",
-        "processRequest",
-        "finishRequest",
-        "setup",
-        "handle",
-        "finish",
-        "handleError",
-      ]);
-    },
-    {},
-    Server,
-  );
+  await withServer(new Server({ port: 0 }, Handler), async (_server, dial) => {
+    assertEquals(await (await dial()).recv(), null);
+    assertEquals(calls, [
+      "getRequest",
+      "verifyRequest",
+      "processRequest",
+      "finishRequest",
+      "setup",
+      "handle",
+      "finish",
+      "handleError",
+    ]);
+  });
 });
 
 networkTest("verifyRequest() that says no costs no handler", async () => {
@@ -322,15 +312,10 @@ networkTest("verifyRequest() that says no costs no handler", async () => {
       throw new TypeError("a handler was made");
     }
   }
-  await withServer(
-    Unreachable,
-    async (server, dial) => {
-      assertEquals(await (await dial()).recv(), null);
-      assertEquals([server.stats.rejected, server.stats.errors], [1, 0]);
-    },
-    {},
-    Guarded,
-  );
+  await withServer(new Guarded({ port: 0 }, Unreachable), async (server, dial) => {
+    assertEquals(await (await dial()).recv(), null);
+    assertEquals([server.stats.rejected, server.stats.errors], [1, 0]);
+  });
 });
 
 networkTest("hooks that throw hurt their own connection only", async () => {
@@ -356,18 +341,13 @@ networkTest("hooks that throw hurt their own connection only", async () => {
   const print = console.error;
   console.error = () => {};
   try {
-    await withServer(
-      Echo,
-      async (_server, dial) => {
-        assertEquals(await (await dial()).recv(), null);
-        assertEquals(await (await dial()).recv(), null);
-        const client = await dial();
-        await client.send("fine\n");
-        assertEquals(await client.readLine(), "fine");
-      },
-      {},
-      Faulty,
-    );
+    await withServer(new Faulty({ port: 0 }, Echo), async (_server, dial) => {
+      assertEquals(await (await dial()).recv(), null);
+      assertEquals(await (await dial()).recv(), null);
+      const client = await dial();
+      await client.send("fine\n");
+      assertEquals(await client.readLine(), "fine");
+    });
   } finally {
     console.error = print;
   }
@@ -384,13 +364,13 @@ networkTest("handleError() prints a handler's error with its stack, and a client
     }
   }
   try {
-    await withServer(Lines, async (_server, dial) => {
+    await withServer(new TcpServer({ port: 0 }, Lines, { limit: 4 }), async (_server, dial) => {
       const [longWinded, short] = [await dial(), await dial()];
       await longWinded.send("far too long\n");
       assertEquals(await longWinded.recv(), null);
       await short.send("ok\n");
       assertEquals(await short.recv(), null);
-    }, { limit: 4 });
+    });
   } finally {
     console.error = print;
   }
@@ -410,7 +390,7 @@ networkTest("serviceActions() runs while the server serves, and survives its own
   const print = console.error;
   console.error = () => {};
   try {
-    await withServer(Echo, () => called.promise, {}, Serviced);
+    await withServer(new Serviced({ port: 0 }, Echo), () => called.promise);
   } finally {
     console.error = print;
   }
@@ -491,7 +471,7 @@ networkTest("shutdown() while serveForever() is still starting ends it", async (
 });
 
 networkTest("shutdown() called twice is one shutdown", async () => {
-  await withServer(Echo, async (server) => {
+  await withServer(new TcpServer({ port: 0 }, Echo), async (server) => {
     assertEquals(server.shutdown(), server.shutdown());
     await server.shutdown();
   });
@@ -517,7 +497,7 @@ networkTest("shutdown() waits for a handler that is in the middle of something",
       await this.request.send(`${line} is done\n`);
     }
   }
-  await withServer(Slow, async (server, dial) => {
+  await withServer(new TcpServer({ port: 0 }, Slow), async (server, dial) => {
     const client = await dial();
     await client.send("work\n");
     await started.promise;
@@ -530,26 +510,22 @@ networkTest("shutdown() waits for a handler that is in the middle of something",
 });
 
 networkTest("shutdown() lets a message that has begun come to its end", async () => {
-  await withServer(
-    class Lines extends StreamRequestHandler {
-      override async handle() {
-        for await (const line of this.request.lines()) await this.request.send(`${line}!\n`);
-      }
-    },
-    async (server, dial) => {
-      const client = await dial();
-      await client.send("first\nsec");
-      assertEquals(await client.readLine(), "first!");
-      const down = server.shutdown();
-      // The server has had its time to end what is between two messages.
-      await new Promise((resolve) => server.signal.addEventListener("abort", resolve));
-      await new Promise((resolve) => setTimeout(resolve, 100));
-      await client.send("ond\n");
-      assertEquals(await client.readLine(), "second!");
-      assertEquals(await client.readLine(), null);
-      assertEquals((await down).cut, []);
-    },
-  );
+  class Lines extends StreamRequestHandler {
+    override async handle() {
+      for await (const line of this.request.lines()) await this.request.send(`${line}!\n`);
+    }
+  }
+  await withServer(new Draining({ port: 0 }, Lines), async (server, dial) => {
+    const client = await dial();
+    await client.send("first\nsec");
+    assertEquals(await client.readLine(), "first!");
+    const down = server.shutdown();
+    await server.ending;
+    await client.send("ond\n");
+    assertEquals(await client.readLine(), "second!");
+    assertEquals(await client.readLine(), null);
+    assertEquals((await down).cut, []);
+  });
 });
 
 networkTest("shutdown() does not end a body that is read behind its header", async () => {
@@ -559,12 +535,12 @@ networkTest("shutdown() does not end a body that is read behind its header", asy
       await this.request.send(await this.request.readExactly(length));
     }
   }
-  await withServer(Records, async (server, dial) => {
+  await withServer(new Draining({ port: 0 }, Records), async (server, dial) => {
     const client = await dial();
     await client.send(new Uint8Array([3]));
-    while (server.stats.bytesRead === 0) await new Promise((resolve) => setTimeout(resolve, 1));
+    await until(() => server.stats.bytesRead === 1);
     const down = server.shutdown();
-    await new Promise((resolve) => setTimeout(resolve, 100));
+    await server.ending;
     await client.send("abc");
     assertEquals((await client.readExactly(3)).length, 3);
     assertEquals((await down).cut, []);
@@ -589,11 +565,11 @@ networkTest("shutdown() serves clients that wait in the backlog", async () => {
 });
 
 networkTest("shutdown() gives clients that have just come a moment to speak", async () => {
-  await withServer(Echo, async (server, dial) => {
+  await withServer(new Draining({ port: 0 }, Echo), async (server, dial) => {
     const client = await dial();
-    while (server.stats.active === 0) await new Promise((resolve) => setTimeout(resolve, 1));
+    await until(() => server.stats.active === 1);
     const down = server.shutdown();
-    await new Promise((resolve) => setTimeout(resolve, 100));
+    await server.ending;
     await client.send("not too late\n");
     assertEquals(await client.readLine(), "not too late");
     await down;
@@ -608,7 +584,7 @@ networkTest("shutdown() aborts the signal of handlers that wait for something el
       await this.request.send("goodbye\n");
     }
   }
-  await withServer(Waiting, async (server, dial) => {
+  await withServer(new TcpServer({ port: 0 }, Waiting), async (server, dial) => {
     const client = await dial();
     assertEquals(await client.readLine(), "waiting");
     const down = server.shutdown();
@@ -626,7 +602,7 @@ class Endless extends StreamRequestHandler {
 }
 
 networkTest("shutdown() cuts a handler off that never ends, and names its client", async () => {
-  await withServer(Endless, async (server, dial) => {
+  await withServer(new TcpServer({ port: 0 }, Endless), async (server, dial) => {
     const client = await dial();
     assertEquals(await client.readLine(), "ready");
     const { finished, cut } = await server.shutdown({ grace: 20 });
@@ -646,7 +622,7 @@ networkTest("shutdown({ grace: 0 }) cuts at once, and finish() still runs", asyn
       finished.resolve();
     }
   }
-  await withServer(Ending, async (server, dial) => {
+  await withServer(new TcpServer({ port: 0 }, Ending), async (server, dial) => {
     const client = await dial();
     assertEquals(await client.readLine(), "ready");
     assertEquals((await server.shutdown({ grace: 0 })).cut.length, 1);
@@ -674,7 +650,7 @@ networkTest("shutdown() from inside handlers does not deadlock", async () => {
 });
 
 networkTest("close() cuts everything off, and serveForever() resolves", async () => {
-  await withServer(Endless, async (server, dial) => {
+  await withServer(new TcpServer({ port: 0 }, Endless), async (server, dial) => {
     const client = await dial();
     assertEquals(await client.readLine(), "ready");
     server.close();
@@ -685,7 +661,7 @@ networkTest("close() cuts everything off, and serveForever() resolves", async ()
 });
 
 networkTest("close() ends a shutdown that waits", async () => {
-  await withServer(Endless, async (server, dial) => {
+  await withServer(new TcpServer({ port: 0 }, Endless), async (server, dial) => {
     const client = await dial();
     assertEquals(await client.readLine(), "ready");
     const down = server.shutdown({ grace: Infinity });
@@ -723,13 +699,13 @@ Deno.test("a server that was closed while it was about to listen closes the list
 });
 
 networkTest("handlers that are done are not kept", async () => {
-  await withServer(Greeter, async (server, dial) => {
+  await withServer(new TcpServer({ port: 0 }, Greeter), async (server, dial) => {
     for (let i = 0; i < 20; i++) {
       const client = await dial();
       await client.readLine();
       client.close();
     }
-    await idle(server);
+    await until(() => server.stats.active === 0);
     assertEquals(server.stats.accepted, 20);
   });
 });

@@ -57,6 +57,15 @@ export async function rejectionOf(promise: Promise<unknown>): Promise<Error> {
   throw new TypeError(`Expected a rejection, got ${Deno.inspect(value)}`);
 }
 
+/** Resolves as soon as `condition` holds, for what tells nobody when it changes; rejects when it takes too long. */
+export async function until(condition: () => boolean): Promise<void> {
+  const deadline = performance.now() + 10_000;
+  while (!condition()) {
+    if (performance.now() > deadline) throw new Deno.errors.TimedOut(`Waited in vain for ${condition}`);
+    await new Promise((resolve) => setTimeout(resolve, 1));
+  }
+}
+
 /** Sends back what it is sent. */
 export class Echo extends StreamRequestHandler {
   override async handle() {

@@ -1,0 +1,132 @@
+import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../deps.ts";
+import { connect, UnixServer } from "../mod.ts";
+import { Echo, rejectionOf, unixTest } from "./testing.ts";
+
+/** Leaves a socket file that nobody answers on, as a killed server does. */
+function leaveStaleSocket(path: string): void {
+  const listener = Deno.listen({ transport: "unix", path: `${path}.moved` });
+  Deno.renameSync(`${path}.moved`, path); // So that closing does not remove it.
+  listener.close();
+}
+
+async function assertServes(path: string): Promise<void> {
+  await using client = await connect({ path });
+  await client.send("hello\n");
+  assertEquals(await client.readLine(), "hello");
+}
+
+function exists(path: string): boolean {
+  try {
+    Deno.lstatSync(path);
+    return true;
+  } catch {
+    return false; // Whatever it is, it is not there.
+  }
+}
+
+unixTest("UnixServer serves, and removes its file when it ends", async (folder) => {
+  const path = `${folder}/echo.sock`;
+  {
+    await using server = new UnixServer({ path }, Echo);
+    assertEquals(await server.listen(), { transport: "unix", path });
+    assertEquals(await server.listen(), server.address);
+    server.serveForever();
+    await assertServes(path);
+  }
+  assert(!exists(path));
+});
+
+unixTest("UnixServer removes its file when it is closed, and when it never served", async (folder) => {
+  const path = `${folder}/echo.sock`;
+  const server = new UnixServer({ path }, Echo);
+  await server.listen();
+  server.close();
+  await server.serveForever();
+  assert(!exists(path));
+});
+
+unixTest("UnixServer replaces a socket file that nobody answers on", async (folder) => {
+  const path = `${folder}/echo.sock`;
+  leaveStaleSocket(path);
+  await using server = new UnixServer({ path }, Echo);
+  await server.listen();
+  server.serveForever();
+  await assertServes(path);
+});
+
+unixTest("UnixServer leaves a server that is alive alone", async (folder) => {
+  const path = `${folder}/echo.sock`;
+  await using first = new UnixServer({ path }, Echo);
+  await first.listen();
+  first.serveForever();
+  const second = new UnixServer({ path }, Echo);
+  const error = await rejectionOf(second.serveForever());
+  assert(error instanceof Deno.errors.AddrInUse);
+  assertMatch(error.message, /echo\.sock: the address is in use; stop the program/);
+  await assertServes(path);
+});
+
+unixTest("UnixServer leaves a file alone that is no socket", async (folder) => {
+  const path = `${folder}/notes.txt`;
+  Deno.writeTextFileSync(path, "precious");
+  await assertRejects(new UnixServer({ path }, Echo).serveForever(), Deno.errors.AddrInUse);
+  assertEquals(Deno.readTextFileSync(path), "precious");
+});
+
+unixTest("UnixServer can be tried again after it could not listen", async (folder) => {
+  const path = `${folder}/echo.sock`;
+  Deno.writeTextFileSync(path, "in the way");
+  await using server = new UnixServer({ path }, Echo);
+  await assertRejects(server.listen(), Deno.errors.AddrInUse);
+  Deno.removeSync(path);
+  await server.listen();
+  server.serveForever();
+  await assertServes(path);
+});
+
+unixTest("UnixServer does not remove a file that has become another's", async (folder) => {
+  const path = `${folder}/echo.sock`;
+  const first = new UnixServer({ path }, Echo);
+  await first.listen();
+  const serving = first.serveForever();
+  Deno.removeSync(path);
+  await using second = new UnixServer({ path }, Echo);
+  await second.listen();
+  second.serveForever();
+  await first.shutdown();
+  await serving;
+  await assertServes(path);
+  assertEquals([...Deno.readDirSync(folder)].length, 1);
+});
+
+unixTest("UnixServer gives its file the mode", async (folder) => {
+  const path = `${folder}/echo.sock`;
+  await using server = new UnixServer({ path, mode: 0o600 }, Echo);
+  await server.listen();
+  assertEquals((Deno.lstatSync(path).mode ?? 0) & 0o777, 0o600);
+});
+
+if (Deno.build.os === "linux") {
+  unixTest("UnixServer listens on a name without a file", async () => {
+    const path = `\0socketserver-${crypto.randomUUID()}`;
+    await using server = new UnixServer({ path }, Echo);
+    await server.listen();
+    server.serveForever();
+    await assertServes(path);
+  });
+}
+
+Deno.test("UnixServer refuses an empty path", () => {
+  assertThrows(() => new UnixServer({ path: "" }, Echo), TypeError);
+});
+
+Deno.test("UnixServer without the permissions names the least flags", {
+  permissions: { net: false, read: false, write: false },
+}, async () => {
+  const error = await rejectionOf(new UnixServer({ path: "/tmp/a.sock" }, Echo).serveForever());
+  assertEquals(
+    error.message,
+    "Cannot listen on /tmp/a.sock: permission is missing; run again with " +
+      "--allow-read=/tmp/a.sock --allow-write=/tmp/a.sock --allow-net=unix:/tmp/a.sock",
+  );
+});
