@@ -1082,7 +1082,7 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
    * import { SocketStream } from "@socketserver/socketserver";
    *
    * using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-   * const conn = await Deno.connect(listener.addr);
+   * const conn = await Deno.connect({ port: listener.addr.port });
    * await using stream = new SocketStream(conn, { timeout: 5_000 });
    * ```
    */

@@ -1,0 +1,28 @@
+/**
+ * What stands in for `deps.ts` in `deno task test:std`: the assertions of Deno's
+ * own standard library, over JSR, instead of those that Deno carries.
+ *
+ * @module
+ */
+
+export {
+  assert,
+  assertEquals,
+  assertMatch,
+  assertNotEquals,
+  assertRejects,
+  assertStrictEquals,
+  assertThrows,
+  fail,
+} from "jsr:@std/assert@1";
+export {
+  clearScreenDown,
+  createHash,
+  createInterface,
+  cursorTo,
+  type Interface,
+  moveCursor,
+  parseArgs,
+  stdin,
+  stdout,
+} from "../../deps.ts";
