@@ -166,7 +166,7 @@ async function converse(server: SocketStream, { keepOpen, lineEnd }: Settings): 
       ask();
     }
     terminal.close();
-    server.timeout = PARTING_MS;
+    setTimeout(() => server.close(), PARTING_MS);
     await server.closeWrite().catch(() => {}); // If the server has left, reading tells.
   }
 
@@ -186,7 +186,7 @@ async function converse(server: SocketStream, { keepOpen, lineEnd }: Settings): 
   try {
     await Promise.all([sendWhatIsTyped(), printWhatComes()]);
   } catch (error) {
-    if (open || !(error instanceof Deno.errors.TimedOut)) throw error; // Else there is no last answer.
+    if (open || !(error instanceof Deno.errors.BadResource)) throw error; // Else it did not part in time.
   } finally {
     terminal.close();
   }
@@ -220,9 +220,15 @@ async function talk(settings: Settings): Promise<void> {
       await exchange(server, pipedLines(lineEnd));
     }
   } catch (error) {
-    const hasLeft = error instanceof Deno.errors.ConnectionReset || error instanceof Deno.errors.BrokenPipe;
-    throw hasLeft ? new Error("the server has left in the middle", { cause: error }) : error;
+    throw explained(error, settings);
   }
+}
+
+/** What the server did, for a person. */
+function explained(error: unknown, { target }: Settings): unknown {
+  if (error instanceof Deno.errors.TimedOut) return new Error(`the server did not answer within ${target.timeout} ms`);
+  const hasLeft = error instanceof Deno.errors.ConnectionReset || error instanceof Deno.errors.BrokenPipe;
+  return hasLeft ? new Error("the server has left in the middle") : error;
 }
 
 if (import.meta.main) {

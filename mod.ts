@@ -905,15 +905,14 @@ class WriteQueue {
   }
 
   #next(): void {
-    const job = this.#jobs[0];
-    if (job === undefined) return this.#rest();
-    if (job.endsStream) {
-      this.#conn.closeWrite().then(this.#onJobDone, this.#onFailure);
-    } else if (job.bytes.length === 0) {
-      this.#onJobDone();
-    } else {
-      this.#conn.write(job.bytes).then(this.#onWritten, this.#onFailure);
+    let job = this.#jobs[0];
+    while (job !== undefined && job.bytes.length === 0 && !job.endsStream) {
+      this.#settle();
+      job = this.#jobs[0];
     }
+    if (job === undefined) this.#rest();
+    else if (job.endsStream) this.#conn.closeWrite().then(this.#onJobDone, this.#onFailure);
+    else this.#conn.write(job.bytes).then(this.#onWritten, this.#onFailure);
   }
 
   /** Nothing is left but, perhaps, what was gathered meanwhile. */
@@ -926,28 +925,33 @@ class WriteQueue {
     }
   }
 
+  /** The first job is done. */
+  #settle(): void {
+    const job = this.#jobs.shift();
+    this.#offset = 0;
+    if (job?.block !== undefined) {
+      this.#buffered -= job.bytes.length;
+      if (spareBlocks.length < MAX_SPARE_BLOCKS) spareBlocks.push(job.block);
+    }
+    job?.settled?.resolve();
+  }
+
   readonly #onWritten = (count: number): void => {
-    const job = this.#jobs[0];
-    if (job === undefined) return; // fail() was here first.
+    if (this.#failed) return; // fail() was here first.
     this.bytesWritten += count;
     this.#offset += count;
     this.#owner.wrote();
-    if (this.#offset < job.bytes.length) {
-      this.#conn.write(job.bytes.subarray(this.#offset)).then(this.#onWritten, this.#onFailure);
+    const bytes = this.#jobs[0]?.bytes ?? NO_BYTES;
+    if (this.#offset < bytes.length) {
+      this.#conn.write(bytes.subarray(this.#offset)).then(this.#onWritten, this.#onFailure);
     } else {
       this.#onJobDone();
     }
   };
 
   readonly #onJobDone = (): void => {
-    const job = this.#jobs.shift();
-    if (job === undefined) return; // fail() was here first.
-    this.#offset = 0;
-    if (job.block !== undefined) {
-      this.#buffered -= job.bytes.length;
-      if (spareBlocks.length < MAX_SPARE_BLOCKS) spareBlocks.push(job.block);
-    }
-    job.settled?.resolve();
+    if (this.#failed) return; // fail() was here first.
+    this.#settle();
     this.#next();
   };
 
@@ -1163,7 +1167,7 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
   /**
    * Reads into an array of the caller, as `Deno.Conn.read` does: no copy is made
    * and nothing is allocated. Leave `into` alone until the promise settles; if it
-   * settles without bytes, at a shutdown or by `close()`, until the stream is gone.
+   * settles with the end because the server shuts down, until the handler is done.
    *
    * @param into Where the bytes go; not empty.
    * @returns Resolves to the count of bytes, and to `null` at the end of the stream.
@@ -1555,7 +1559,7 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
       return rejection(this.#own(error));
     }
     if (this.#readFailed) return rejection(this.#readFailure);
-    if (startsMessage && this.#endsBetweenMessages) this.#ended = true;
+    if (startsMessage && this.#endsBetweenMessages && this.#input.length === 0) this.#ended = true;
     return this.#wait(call, take, startsMessage, into);
   }
 
@@ -1652,6 +1656,11 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
   #failReading(error: unknown): void {
     this.#readFailed = true;
     this.#readFailure = this.#own(error);
+    // A caller's array is written to until the connection is gone.
+    if (!this.#filling || this.#direct === undefined) this.#rejectReader(error);
+  }
+
+  #rejectReader(error: unknown): void {
     const reader = this.#reader;
     this.#reader = undefined;
     reader?.reject(error);
@@ -1760,6 +1769,7 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
 
   #cut(error: Error): void {
     this.#shut(error);
+    this.#rejectReader(this.#readFailure);
     this.#output.fail(this.#own(error));
     closeQuietly(this.#conn);
   }

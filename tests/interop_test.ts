@@ -12,13 +12,13 @@ import {
   startUnixServer,
   unixPermissions,
 } from "./programs.ts";
-import { programTest } from "./testing.ts";
+import { programTest, rejectionOf } from "./testing.ts";
 
 const STAMP = String.raw`[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4}`;
 
 programTest("the tutorial's client talks to server.ts as it does to the tutorial's server", async () => {
-  const { server, port } = await startServer();
-  await using _server = server;
+  await using server = startServer();
+  const port = await portOf(server);
   await using client = startPython("client.py", ["127.0.0.1", String(port)]);
   for (const line of ["hello python", "你好", "hello pythontab"]) {
     await client.write(`${line}\n`);
@@ -30,8 +30,8 @@ programTest("the tutorial's client talks to server.ts as it does to the tutorial
 });
 
 programTest("two of the tutorial's clients are served by server.ts at the same time", async () => {
-  const { server, port } = await startServer();
-  await using _server = server;
+  await using server = startServer();
+  const port = await portOf(server);
   await using first = startPython("client.py", ["127.0.0.1", String(port)]);
   await first.write("one\n");
   await first.printed("] one\n");
@@ -60,7 +60,7 @@ for (const { file, opening, closing } of PYTHON_SERVERS) {
       await using server = startPython(file, ["0"]);
       const port = await portOf(server);
       await server.printed("waiting for connection...\n");
-      await using client = startScript("client.ts", ["--port", String(port), "--timeout", "2000", ...flags]);
+      await using client = startScript("client.ts", ["--port", String(port), "--timeout", "1000", ...flags]);
       for (const line of ["hello python", "hello pythontab"]) {
         await client.write(`${line}\n`);
         await client.printed(new RegExp(answer(line)));
@@ -82,8 +82,8 @@ programTest("client.ts says so when the tutorial's plain server does not close i
 });
 
 programTest("nc talks to server.ts", async () => {
-  const { server, port } = await startServer();
-  await using _server = server;
+  await using server = startServer();
+  const port = await portOf(server);
   await using nc = Program.start("nc", ["-N", "127.0.0.1", String(port)]);
   await nc.write("hello\n");
   await nc.printed(new RegExp(String.raw`^\[${STAMP}\] hello\n$`));
@@ -113,8 +113,8 @@ programTestIn("client.ts --unix talks to server.ts --unix", async (folder) => {
 });
 
 programTest("socat talks to server.ts", async () => {
-  const { server, port } = await startServer();
-  await using _server = server;
+  await using server = startServer();
+  const port = await portOf(server);
   await using socat = Program.start("socat", ["-", `TCP:127.0.0.1:${port}`]);
   await socat.write("hello\n");
   await socat.printed(new RegExp(String.raw`^\[${STAMP}\] hello\n$`));
@@ -134,4 +134,9 @@ programTest("client.ts talks to nc, which knows nothing of answers", async () =>
   await nc.closeInput();
   assertEquals((await client.ended()).code, 0);
   assertEquals((await nc.ended()).code, 0);
+});
+
+programTest("a program that is missing fails its test, which names the package to install", async () => {
+  const error = await rejectionOf(Promise.try(() => Program.start("no-such-program")));
+  assertEquals(error.message, "no-such-program is missing: install the package no-such-program");
 });

@@ -289,13 +289,9 @@ export class Terminal implements AsyncDisposable {
   }
 }
 
-/** Starts server.ts on a free port. */
-export async function startServer(
-  args: string[] = [],
-  options: ProgramOptions = {},
-): Promise<{ server: Program; port: number }> {
-  const server = startScript("server.ts", ["--port", "0", ...args], options);
-  return { server, port: await portOf(server) };
+/** Starts server.ts on a free port, which portOf() tells. */
+export function startServer(args: string[] = [], options: ProgramOptions = {}): Program {
+  return startScript("server.ts", ["--port", "0", ...args], options);
 }
 
 /** The least permissions that a Unix socket takes. */
@@ -306,8 +302,13 @@ export function unixPermissions(path: string): string[] {
 /** Starts server.ts on a Unix socket. */
 export async function startUnixServer(path: string): Promise<Program> {
   const server = startScript("server.ts", ["--unix", path], { permissions: unixPermissions(path) });
-  await server.printed(`on ${path}\n`);
-  return server;
+  try {
+    await server.printed(`on ${path}\n`);
+    return server;
+  } catch (error) {
+    await server[Symbol.asyncDispose]();
+    throw error;
+  }
 }
 
 /** The port that a server has printed. */
@@ -455,6 +456,11 @@ export function assertFailed(outcome: Outcome, code: number, sentence: RegExp): 
   const isOne = lines.length === 1 && sentence.test(outcome.stderr) && !/^ {4}at /m.test(outcome.stderr);
   const seen = `code ${outcome.code}, stdout ${outcome.stdout}, stderr ${outcome.stderr}`;
   assert(isOne && outcome.code === code, `Expected code ${code} and one sentence like ${sentence}, got ${seen}`);
+}
+
+/** The flags that a sentence about a missing permission tells to run with. */
+export function permissionsIn(sentence: string): string[] {
+  return [...sentence.matchAll(/--allow-\S+/g)].map(([flag]) => flag);
 }
 
 /** What a terminal of `columns` shows after `output`: enough of one for a prompt with line editing. */
