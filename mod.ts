@@ -54,8 +54,8 @@
  * Then the server sends what is still buffered and closes the stream.
  *
  * Units are milliseconds and bytes. Everything is bounded: a line and a frame
- * by `limit`, buffered writes by `highWaterMark`. A promise that a handler
- * forgets to await never ends the process.
+ * by `limit`, buffered writes by `highWaterMark`. A promise of a stream that a
+ * handler forgets to await never ends the process.
  *
  * @module
  */
@@ -2332,8 +2332,11 @@ const DRAIN_SETTLE_MS = 50;
 /** Milliseconds that a client which was just accepted has to say its first word when the server drains. */
 const DRAIN_FIRST_WORD_MS = 500;
 
-/** A backlog that gave nothing for this long is empty. */
-const BACKLOG_EMPTY_MS = 10;
+/** Looks at a backlog that must all find it quiet; a busy event loop may come late to one of them. */
+const BACKLOG_LOOKS = 5;
+
+/** The time between two of these looks. */
+const BACKLOG_LOOK_MS = 10;
 
 /** Milliseconds that handlers which were cut off have to run their `finish()`. */
 const UNWIND_MS = 200;
@@ -2697,7 +2700,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
    * @param error What was thrown.
    * @param clientAddress Whose request it was.
    */
-  handleError(error: unknown, clientAddress: Deno.Addr): void {
+  handleError(error: unknown, clientAddress: Deno.Addr): void | Promise<void> {
     if (this.#outcomeOf(error) !== "errors") return;
     // The stack tells where a handler went wrong, and nothing about a client that did.
     const detail = this.#isOfClient(error) ? messageOf(error) : error;
@@ -2760,20 +2763,23 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     if (this.#isClosing) throw new TypeError("Cannot listen: the server is closed, make a new one");
   }
 
-  /** Reports an error that belongs to a request; never throws. */
-  protected reportError(error: unknown, clientAddress: Deno.Addr): void {
-    if (error instanceof SuppressedError) {
-      this.reportError(error.suppressed, clientAddress);
-      this.reportError(error.error, clientAddress);
-      return;
+  /** Reports an error that belongs to a request; never rejects. */
+  protected async reportError(error: unknown, clientAddress: Deno.Addr): Promise<void> {
+    const errors = error instanceof SuppressedError ? [error.suppressed, error.error] : [error];
+    for (const error of errors) {
+      const outcome = this.#outcomeOf(error);
+      if (outcome !== undefined) this.#counts[outcome]++;
+      await this.#runHook("handleError", () => this.handleError(error, clientAddress));
     }
-    const outcome = this.#outcomeOf(error);
-    if (outcome !== undefined) this.#counts[outcome]++;
+  }
+
+  /** Runs a hook whose own error has nobody else to go to. */
+  async #runHook(name: string, hook: () => void | Promise<void>): Promise<void> {
     try {
-      this.handleError(error, clientAddress);
+      await hook();
     } catch (error) {
       this.#counts.errors++;
-      console.error("Error in handleError():", error);
+      console.error(`Error in ${name}(): ${messageOf(error)}`);
     }
   }
 
@@ -2802,6 +2808,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   async #activate(): Promise<AsyncGenerator<Request, void>> {
+    prepareForExhaustion();
     // Taken from the runtime when the first server starts, so that importing this file loads nothing.
     const { AsyncLocalStorage } = await import("node:async_hooks");
     this.#context ??= new AsyncLocalStorage<Exchange<unknown>>();
@@ -2815,14 +2822,8 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
 
   #startServices(): () => void {
     if (this.serviceActions === BaseServer.prototype.serviceActions) return ignore;
-    const timer = setInterval(async () => {
-      try {
-        await this.serviceActions();
-      } catch (error) {
-        this.#counts.errors++;
-        console.error("Error in serviceActions():", error);
-      }
-    }, SERVICE_INTERVAL_MS);
+    const run = () => this.#runHook("serviceActions", () => this.serviceActions());
+    const timer = setInterval(run, SERVICE_INTERVAL_MS);
     return () => clearInterval(timer);
   }
 
@@ -2853,7 +2854,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
       if (await this.verifyRequest(request, clientAddress)) await this.processRequest(request, clientAddress);
       else this.#counts.rejected++;
     } catch (error) {
-      this.reportError(error, clientAddress);
+      await this.reportError(error, clientAddress);
     } finally {
       await this.closeRequest(request);
       this.#untrack(exchange);
@@ -2971,6 +2972,22 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
       cut,
       duration: performance.now() - begun,
     };
+  }
+}
+
+/**
+ * Makes the runtime (2.9.6) open now what it would open later, when there may be
+ * no descriptor left, on which it panics: the source map of this module, for the
+ * first `stack` that is read, and its own listener of signals, which it would
+ * start in the process's first 500 ms.
+ */
+function prepareForExhaustion(): void {
+  void new TypeError("unused").stack;
+  try {
+    Deno.addSignalListener("SIGINT", ignore);
+    Deno.removeSignalListener("SIGINT", ignore);
+  } catch {
+    // A worker has no signals.
   }
 }
 
@@ -3118,7 +3135,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
       } catch (error) {
         // Only an overridden getRequest() throws.
         closeQuietly(conn);
-        this.reportError(error, conn.remoteAddr);
+        await this.reportError(error, conn.remoteAddr);
       }
     }
   }
@@ -3171,7 +3188,8 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   async #accept(): Promise<Deno.Conn> {
     if (this.#listener === undefined) throw new Deno.errors.BadResource("Listener has been closed");
     this.#accepting = this.#listener.accept();
-    if (this.isClosing) this.#awaitEmptyBacklog();
+    // What exceeds the backlog has come after the shutdown had begun.
+    if (this.isClosing) this.#awaitEmptyBacklog(this.#acceptsFromBacklog-- > 0 ? BACKLOG_LOOKS : 0);
     try {
       return await this.#accepting;
     } finally {
@@ -3181,12 +3199,9 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   }
 
   /** The backlog cannot be asked how long it is: it is empty when accepting has to wait. */
-  #awaitEmptyBacklog(): void {
-    if (this.#acceptsFromBacklog-- > 0) {
-      this.#backlogTimer = setTimeout(() => this.#backlogEmpty.resolve(), BACKLOG_EMPTY_MS);
-    } else {
-      this.#backlogEmpty.resolve(); // These came after the shutdown had begun.
-    }
+  #awaitEmptyBacklog(looks = BACKLOG_LOOKS): void {
+    if (looks === 0) return this.#backlogEmpty.resolve();
+    this.#backlogTimer = setTimeout(() => this.#awaitEmptyBacklog(looks - 1), BACKLOG_LOOK_MS);
   }
 
   #noteOverload(error: unknown): void {
