@@ -2338,6 +2338,9 @@ const BACKLOG_LOOKS = 5;
 /** The time between two of these looks. */
 const BACKLOG_LOOK_MS = 10;
 
+/** Milliseconds of waiting after which what still comes has come too late, such as under a steady load. */
+const BACKLOG_PATIENCE_MS = 250;
+
 /** Milliseconds that handlers which were cut off have to run their `finish()`. */
 const UNWIND_MS = 200;
 
@@ -2358,8 +2361,10 @@ export interface ServerStats {
   readonly timedOut: number;
   /** Errors that were thrown by handlers or hooks, besides those. */
   readonly errors: number;
-  /** Clients that left before they were accepted. */
+  /** Clients that left before they were accepted, and datagrams that could not be received. */
   readonly lost: number;
+  /** Datagrams that came while as many were served as may be. */
+  readonly dropped: number;
   /** Times that the system ran out of descriptors or memory. */
   readonly overloads: number;
   /** Bytes that were received. */
@@ -2399,6 +2404,50 @@ interface ExchangeContext {
 }
 
 /**
+ * What waits in the kernel when a server stops. It cannot be asked how much that
+ * is: there is no more when receiving has to wait.
+ */
+class Backlog {
+  readonly #emptied = Promise.withResolvers<void>();
+  #isClosing = false;
+  #isWaiting = false;
+  /** Milliseconds that may still be spent on waiting. */
+  #patience = BACKLOG_PATIENCE_MS;
+  #timer: ReturnType<typeof setTimeout> | undefined;
+
+  /** Resolves when there is nothing more to receive; to be called when the server stops. */
+  emptied(): Promise<void> {
+    this.#isClosing = true;
+    if (this.#isWaiting) this.#look();
+    return this.#emptied.promise;
+  }
+
+  /** Waits for `receive`, which is what may come from the kernel. */
+  async during<T>(receive: Promise<T>): Promise<T> {
+    this.#isWaiting = true;
+    const begun = performance.now();
+    if (this.#isClosing) this.#look();
+    try {
+      return await receive;
+    } finally {
+      this.#isWaiting = false;
+      clearTimeout(this.#timer);
+      if (this.#isClosing) this.#patience -= performance.now() - begun;
+    }
+  }
+
+  /** Nothing will be received any more. */
+  end(): void {
+    this.#emptied.resolve();
+  }
+
+  #look(looks = BACKLOG_LOOKS): void {
+    if (looks === 0 || this.#patience <= 0) return this.end();
+    this.#timer = setTimeout(() => this.#look(looks - 1), BACKLOG_LOOK_MS);
+  }
+}
+
+/**
  * What all servers have in common: their lifecycle, their hooks and their end.
  * Nothing is opened and no hook is called before `listen()`, `serveForever()` or
  * `handleRequest()`.
@@ -2425,6 +2474,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     timedOut: 0,
     errors: 0,
     lost: 0,
+    dropped: 0,
     overloads: 0,
     finished: 0,
     bytesRead: 0,
@@ -2749,13 +2799,28 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   /** Counts something that happened outside of a request. */
-  protected countIncident(what: "lost" | "overloads"): void {
+  protected countIncident(what: "lost" | "dropped" | "overloads"): void {
     this.#counts[what]++;
+  }
+
+  /** Whether `limit` requests are being served. */
+  protected isAtLimit(limit: number): boolean {
+    return this.#active.size >= limit;
   }
 
   /** Resolves when fewer than `limit` requests are served, or the server is closed. */
   protected async belowLimit(limit: number): Promise<void> {
-    while (this.#active.size >= limit && !this.#isClosed) await this.#left.promise;
+    while (this.isAtLimit(limit) && !this.#isClosed) await this.#left.promise;
+  }
+
+  /** Counts and reports that the system is exhausted; never throws. */
+  protected noteOverload(error: unknown): void {
+    this.countIncident("overloads");
+    try {
+      this.handleOverload(error);
+    } catch (error) {
+      console.error(`Error in handleOverload(): ${messageOf(error)}`);
+    }
   }
 
   /** Throws if the server was closed. */
@@ -3017,9 +3082,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   readonly #streamOptions: StreamOptions;
   #listener: Deno.Listener | undefined;
   #accepting: Promise<Deno.Conn> | undefined;
-  #acceptsFromBacklog = 0;
-  #backlogTimer: ReturnType<typeof setTimeout> | undefined;
-  readonly #backlogEmpty = Promise.withResolvers<void>();
+  readonly #backlog = new Backlog();
 
   /**
    * Keeps the options; nothing is opened and no hook is called.
@@ -3073,14 +3136,14 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
       } catch (error) {
         switch (acceptFailure(error)) {
           case "closed":
-            return this.#backlogEmpty.resolve();
+            return this.#backlog.end();
           case "peer":
             this.countIncident("lost");
             continue;
           case "overload":
             // Those who wait would have to wait for longer than the shutdown does.
-            if (this.isClosing) return this.#backlogEmpty.resolve();
-            if (wait === 0) this.#noteOverload(error);
+            if (this.isClosing) return this.#backlog.end();
+            if (wait === 0) this.noteOverload(error);
             wait = Math.min(Math.max(wait * 2, OVERLOAD_WAIT_MIN_MS), OVERLOAD_WAIT_MAX_MS);
             await delay(wait, this.stopping);
             continue;
@@ -3143,11 +3206,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   /** Stops listening. */
   protected override async stopListening(backlog: boolean): Promise<void> {
     if (this.#listener === undefined) return;
-    if (backlog) {
-      this.#acceptsFromBacklog = MAX_BACKLOG;
-      if (this.#accepting !== undefined) this.#awaitEmptyBacklog();
-      await this.#backlogEmpty.promise;
-    }
+    if (backlog) await this.#backlog.emptied();
     const listener = this.#listener;
     this.#listener = undefined;
     if (listener !== undefined) await this.closeListener(listener);
@@ -3188,28 +3247,10 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   async #accept(): Promise<Deno.Conn> {
     if (this.#listener === undefined) throw new Deno.errors.BadResource("Listener has been closed");
     this.#accepting = this.#listener.accept();
-    // What exceeds the backlog has come after the shutdown had begun.
-    if (this.isClosing) this.#awaitEmptyBacklog(this.#acceptsFromBacklog-- > 0 ? BACKLOG_LOOKS : 0);
     try {
-      return await this.#accepting;
+      return await this.#backlog.during(this.#accepting);
     } finally {
       this.#accepting = undefined;
-      clearTimeout(this.#backlogTimer);
-    }
-  }
-
-  /** The backlog cannot be asked how long it is: it is empty when accepting has to wait. */
-  #awaitEmptyBacklog(looks = BACKLOG_LOOKS): void {
-    if (looks === 0) return this.#backlogEmpty.resolve();
-    this.#backlogTimer = setTimeout(() => this.#awaitEmptyBacklog(looks - 1), BACKLOG_LOOK_MS);
-  }
-
-  #noteOverload(error: unknown): void {
-    this.countIncident("overloads");
-    try {
-      this.handleOverload(error);
-    } catch (error) {
-      console.error(`Error in handleOverload(): ${messageOf(error)}`);
     }
   }
 }
@@ -3346,11 +3387,8 @@ export interface UnixServerAddress {
  * ```
  */
 export class UnixServer extends StreamServer<Deno.UnixAddr> {
-  readonly #path: string;
-  readonly #mode: number | undefined;
+  readonly #file: SocketFile;
   #binding: Promise<Deno.UnixAddr> | undefined;
-  /** The file that was made, to know it again. */
-  #file: Deno.FileInfo | undefined;
 
   /**
    * Makes a server; nothing is opened yet.
@@ -3363,13 +3401,7 @@ export class UnixServer extends StreamServer<Deno.UnixAddr> {
    */
   constructor(address: UnixServerAddress, Handler: StreamRequestHandlerClass, options: ServerOptions = {}) {
     super(Handler, options);
-    const { path, mode } = resolveOptions<{ path: string; mode: number | undefined }>(
-      { path: "", mode: undefined },
-      address,
-    );
-    if (path === "") throw new TypeError("Path must not be empty: name the socket file");
-    this.#path = path;
-    this.#mode = mode;
+    this.#file = new SocketFile(address);
   }
 
   /** Makes the socket file and lets clients connect; see {@linkcode BaseServer.listen}. It resolves, as asking whether another server is alive takes a dial. */
@@ -3378,12 +3410,10 @@ export class UnixServer extends StreamServer<Deno.UnixAddr> {
   }
 
   async #bind(): Promise<Deno.UnixAddr> {
-    const address = { transport: "unix", path: this.#path } as const;
+    const address = { transport: "unix", path: this.#file.path } as const;
     try {
       this.checkOpen();
-      if (!this.#isAbstract) await removeStaleSocket(this.#path);
-      const listener = Deno.listen(address);
-      if (!this.#isAbstract) this.#claimFile(listener);
+      const listener = await this.#file.bind(() => Deno.listen(address));
       return this.adopt(listener, address);
     } catch (error) {
       this.#binding = undefined;
@@ -3391,60 +3421,79 @@ export class UnixServer extends StreamServer<Deno.UnixAddr> {
     }
   }
 
-  /** A Linux name without a file. */
-  get #isAbstract(): boolean {
-    return this.#path.startsWith("\0");
+  /** Closes the listener and removes its file, but no other that has come into its place. */
+  protected override async closeListener(listener: Deno.Listener): Promise<void> {
+    await this.#file.unbind(() => super.closeListener(listener));
+  }
+}
+
+/** The file of a Unix socket. A name that begins with `"\0"` has none. */
+class SocketFile {
+  readonly path: string;
+  readonly #mode: number | undefined;
+  /** The file that was made, to know it again. */
+  #made: Deno.FileInfo | undefined;
+
+  constructor(address: UnixServerAddress) {
+    const defaults: { path: string; mode: number | undefined } = { path: "", mode: undefined };
+    const { path, mode } = resolveOptions(defaults, address);
+    if (path === "") throw new TypeError("Path must not be empty: name the socket file");
+    this.path = path;
+    this.#mode = mode;
   }
 
-  #claimFile(listener: Deno.Listener): void {
+  /** Runs `open`, which makes the file, in the place of one that nobody answers on. */
+  async bind<Socket extends { close(): void }>(open: () => Socket): Promise<Socket> {
+    if (this.path.startsWith("\0")) return open();
+    if (fileAt(this.path)?.isSocket) await this.#removeIfStale();
+    const socket = open();
     try {
-      if (this.#mode !== undefined) Deno.chmodSync(this.#path, this.#mode);
-      this.#file = Deno.lstatSync(this.#path);
+      if (this.#mode !== undefined) Deno.chmodSync(this.path, this.#mode);
+      this.#made = Deno.lstatSync(this.path);
     } catch (error) {
-      closeQuietly(listener);
+      closeQuietly(socket);
       throw error;
+    }
+    return socket;
+  }
+
+  async #removeIfStale(): Promise<void> {
+    try {
+      const conn = await Deno.connect({ transport: "unix", path: this.path });
+      conn.close();
+    } catch (error) {
+      // Anything else than this is an answer of some kind, or will meet the bind too.
+      if (error instanceof Deno.errors.ConnectionRefused) Deno.removeSync(this.path);
     }
   }
 
-  /** Closes the listener and removes its file, but no other that has come into its place. */
-  protected override async closeListener(listener: Deno.Listener): Promise<void> {
-    // The runtime removes whatever has the listener's path, so another server's
-    // file is put aside for that moment.
-    const aside = this.#othersHavePath ? `${this.#path}.${crypto.randomUUID()}` : undefined;
-    if (aside !== undefined) this.#tidyUp(() => Deno.renameSync(this.#path, aside));
-    await super.closeListener(listener);
-    if (aside !== undefined) this.#tidyUp(() => Deno.renameSync(aside, this.#path));
-    else if (isSameFile(fileAt(this.#path), this.#file)) this.#tidyUp(() => Deno.removeSync(this.#path));
+  /** Runs `close`, and leaves no file behind; another's, that has come into its place, stays. Never throws. */
+  async unbind(close: () => void | Promise<void>): Promise<void> {
+    // The runtime removes whatever has the socket's path, so another's file is
+    // put aside for that moment.
+    const aside = this.#othersHavePath ? `${this.path}.${crypto.randomUUID()}` : undefined;
+    if (aside !== undefined) this.#tidyUp(() => Deno.renameSync(this.path, aside));
+    await close();
+    if (aside !== undefined) this.#tidyUp(() => Deno.renameSync(aside, this.path));
+    else if (isSameFile(fileAt(this.path), this.#made)) this.#tidyUp(() => Deno.removeSync(this.path));
   }
 
   get #othersHavePath(): boolean {
-    const present = this.#file === undefined ? undefined : fileAt(this.#path);
-    return present !== undefined && !isSameFile(present, this.#file);
+    const present = this.#made === undefined ? undefined : fileAt(this.path);
+    return present !== undefined && !isSameFile(present, this.#made);
   }
 
   #tidyUp(action: () => void): void {
     try {
       action();
     } catch (error) {
-      console.error(`Cannot tidy up the socket file ${this.#path}: ${messageOf(error)}`);
+      console.error(`Cannot tidy up the socket file ${this.path}: ${messageOf(error)}`);
     }
   }
 }
 
 function listenError(error: unknown, address: Deno.Addr): Error {
   return restate(error, `Cannot listen on ${formatAddress(address)}: ${explain(error, address)}`);
-}
-
-/** Removes a socket file that nobody answers on. Leaves anything else, on which the bind then fails. */
-async function removeStaleSocket(path: string): Promise<void> {
-  if (!fileAt(path)?.isSocket) return;
-  try {
-    const conn = await Deno.connect({ transport: "unix", path });
-    conn.close();
-  } catch (error) {
-    if (!(error instanceof Deno.errors.ConnectionRefused)) throw error;
-    Deno.removeSync(path);
-  }
 }
 
 function fileAt(path: string): Deno.FileInfo | undefined {
