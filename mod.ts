@@ -84,7 +84,7 @@
  */
 export class IncompleteReadError extends Error {
   /** The bytes that arrived before the end; they are the caller's. */
-  readonly partial: Uint8Array;
+  readonly partial: Uint8Array<ArrayBuffer>;
   /** How many bytes were asked for; `null` when a delimiter was. */
   readonly expected: number | null;
 
@@ -94,7 +94,7 @@ export class IncompleteReadError extends Error {
    * @param partial The bytes that arrived before the end.
    * @param expected How many bytes were asked for, or `null` for a delimiter.
    */
-  constructor(partial: Uint8Array, expected: number | null) {
+  constructor(partial: Uint8Array<ArrayBuffer>, expected: number | null) {
     super(
       expected === null
         ? `Cannot find the delimiter: the stream ended after ${partial.length} bytes`
@@ -176,9 +176,13 @@ function errorCode(error: unknown): string {
   return error instanceof Error && "code" in error ? String(error.code) : "";
 }
 
-/** `error.message`, or whatever else was thrown, as text. */
+/** `error.message`, or whatever else was thrown, as text; never throws. */
 function messageOf(error: unknown): string {
-  return error instanceof Error ? error.message : String(error);
+  try {
+    return error instanceof Error ? error.message : String(error);
+  } catch {
+    return "what was thrown cannot be printed"; // Its own code has thrown.
+  }
 }
 
 /**
@@ -359,6 +363,7 @@ const NUMBER_RULES: Record<string, "above 0" | "0 or more" | "whole, 1 or more" 
   maxConnections: "whole, 1 or more",
   grace: "0 or more",
   retries: "whole, 0 or more",
+  tcpBacklog: "whole, 1 or more",
 };
 
 /** Fills `options` up with `defaults`; throws for a name that is misspelt and for a number out of its range. */
@@ -652,7 +657,7 @@ class ReadBuffer {
   }
 
   /** The first `count` bytes, which are then the caller's. */
-  take(count: number): Uint8Array {
+  take(count: number): Uint8Array<ArrayBuffer> {
     const from = this.#start;
     this.#start += count;
     if (count <= COPY_MAX_BYTES || count * MAX_RETENTION < this.#bytes.length) {
@@ -1037,7 +1042,7 @@ let control: StreamControl;
  * theirs.close();
  * ```
  */
-export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, AsyncDisposable {
+export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Disposable, AsyncDisposable {
   static {
     control = {
       endBetweenMessages: (stream) => stream.#endBetweenMessages(),
@@ -1070,8 +1075,8 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
   #bytesRead = 0;
   #writeSince = 0;
   #activeSince = 0;
-  #readable: ReadableStream<Uint8Array<ArrayBufferLike>> | undefined;
-  #writable: WritableStream<Uint8Array<ArrayBufferLike>> | undefined;
+  #readable: ReadableStream<Uint8Array<ArrayBuffer>> | undefined;
+  #writable: WritableStream<Uint8Array> | undefined;
 
   /**
    * Takes `conn` over: read, write and close it only through the stream.
@@ -1139,7 +1144,8 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
    * @param maxBytes The most bytes to read, 1 or more. Default `Infinity`: all
    * that has arrived, which is 64 KiB at most.
    * @returns Resolves to one byte or more, which are the caller's to keep, and to
-   * `null` at the end of the stream.
+   * `null` at the end of the stream. To transfer their buffer to a worker, take a
+   * `slice()`: the buffer may hold later bytes too.
    * @throws {RangeError} If `maxBytes` is out of its range.
    * @throws {Deno.errors.Busy} If another read waits.
    * @throws {Deno.errors.TimedOut} If nothing came within `timeout`.
@@ -1157,7 +1163,7 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
    * theirs.close();
    * ```
    */
-  recv(maxBytes: number = Infinity): Promise<Uint8Array | null> {
+  recv(maxBytes: number = Infinity): Promise<Uint8Array<ArrayBuffer> | null> {
     if (!(maxBytes >= 1 && (Number.isInteger(maxBytes) || maxBytes === Infinity))) {
       return rejection(new RangeError(`Cannot recv(${maxBytes}): ask for a whole number of 1 or more, or Infinity`));
     }
@@ -1217,7 +1223,7 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
    * theirs.close();
    * ```
    */
-  readExactly(bytes: number): Promise<Uint8Array> {
+  readExactly(bytes: number): Promise<Uint8Array<ArrayBuffer>> {
     if (!(Number.isSafeInteger(bytes) && bytes >= 0)) {
       return rejection(new RangeError(`Cannot readExactly(${bytes}): ask for a whole number of 0 or more`));
     }
@@ -1249,7 +1255,7 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
    * theirs.close();
    * ```
    */
-  readUntil(delimiter: Uint8Array | string): Promise<Uint8Array | null> {
+  readUntil(delimiter: Uint8Array | string): Promise<Uint8Array<ArrayBuffer> | null> {
     const bytes = typeof delimiter === "string" ? encoder.encode(delimiter) : delimiter.slice();
     if (bytes.length === 0) return rejection(new RangeError("Cannot readUntil() an empty delimiter"));
     const search = { delimiter: bytes, searched: 0 };
@@ -1334,13 +1340,13 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
    * theirs.close();
    * ```
    */
-  frames(options: FrameOptions = {}): AsyncIterableIterator<Uint8Array> {
+  frames(options: FrameOptions = {}): AsyncIterableIterator<Uint8Array<ArrayBuffer>> {
     const format = resolveFrameOptions(options);
     return this.#iterate("frames()", () => () => this.#takeFrame(format));
   }
 
   /** Iterates over chunks, as {@linkcode SocketStream.recv} reads them. Leaving the loop early leaves the stream open. */
-  [Symbol.asyncIterator](): AsyncIterableIterator<Uint8Array> {
+  [Symbol.asyncIterator](): AsyncIterableIterator<Uint8Array<ArrayBuffer>> {
     return this.#iterate("for await", () => () => this.#takeChunk(Infinity));
   }
 
@@ -1526,8 +1532,8 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
   }
 
   /** The incoming side as a web stream, made at the first use. Cancelling it closes both sides; reading its end does not. */
-  get readable(): ReadableStream<Uint8Array> {
-    return this.#readable ??= new ReadableStream<Uint8Array>({
+  get readable(): ReadableStream<Uint8Array<ArrayBuffer>> {
+    return this.#readable ??= new ReadableStream<Uint8Array<ArrayBuffer>>({
       pull: async (controller) => {
         const chunk = await this.recv();
         if (chunk === null) controller.close();
@@ -1548,10 +1554,10 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
 
   /** The one place where reads wait. `take` answers from what has arrived, or asks for more. */
   #read<T>(call: string, take: () => T | typeof MORE, startsMessage = true, into?: Uint8Array): Promise<T> {
+    if (this.#closed) return rejection(this.#readFailure);
     if (this.#reader !== undefined) {
       return rejection(new Deno.errors.Busy(`Cannot ${call}: ${this.#reader.call} waits on the same stream`));
     }
-    if (this.#closed) return rejection(this.#readFailure);
     try {
       const answer = take();
       if (answer !== MORE) return Promise.resolve(answer);
@@ -1671,7 +1677,7 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
     return error;
   }
 
-  #takeChunk(maxBytes: number): Uint8Array | null | typeof MORE {
+  #takeChunk(maxBytes: number): Uint8Array<ArrayBuffer> | null | typeof MORE {
     const { length } = this.#input;
     if (length === 0) return this.#ended ? null : MORE;
     this.#unanswered = true;
@@ -1686,7 +1692,7 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
     return count;
   }
 
-  #takeExactly(count: number): Uint8Array | typeof MORE {
+  #takeExactly(count: number): Uint8Array<ArrayBuffer> | typeof MORE {
     const { length } = this.#input;
     if (length < count) {
       if (!this.#ended) return MORE;
@@ -1696,7 +1702,7 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
     return this.#input.take(count);
   }
 
-  #takeUntil(search: Search): Uint8Array | null | typeof MORE {
+  #takeUntil(search: Search): Uint8Array<ArrayBuffer> | null | typeof MORE {
     const at = this.#find(search);
     if (at >= 0) {
       this.#unanswered = true;
@@ -1738,7 +1744,7 @@ export class SocketStream implements AsyncIterable<Uint8Array>, Disposable, Asyn
     return delimiter === LINE_FEED && index > 0 && this.#input.at(index - 1) === CARRIAGE_RETURN ? 1 : 0;
   }
 
-  #takeFrame(format: Required<FrameOptions>): Uint8Array | null | typeof MORE {
+  #takeFrame(format: Required<FrameOptions>): Uint8Array<ArrayBuffer> | null | typeof MORE {
     const { lengthBytes } = format;
     const { length } = this.#input;
     const expected = lengthBytes + (length < lengthBytes ? 0 : this.#input.peekNumber(format));
@@ -2130,9 +2136,10 @@ async function dialOnce(
 ): Promise<Deno.Conn> {
   const ended = new AbortController();
   const { promise: gaveUp, reject } = Promise.withResolvers<never>();
-  const timer = timeout === Infinity
-    ? undefined
-    : setTimeout(() => giveUp(new Deno.errors.TimedOut(`no answer within ${timeout} ms`)), timeout);
+  const timer = timeout === Infinity ? undefined : setTimeout(
+    () => giveUp(new Deno.errors.TimedOut(`no answer within ${timeout} ms`)),
+    Math.min(timeout, MAX_TIMER_MS),
+  );
   const onAbort = () => giveUp(signal?.reason);
   function giveUp(error: unknown) {
     reject(error);
@@ -2321,6 +2328,9 @@ export function acceptFailure(error: unknown): AcceptFailure {
 /** The first wait when descriptors run out. */
 const OVERLOAD_WAIT_MIN_MS = 5;
 
+/** Exhaustions that follow each other within this time are one: a descriptor that comes free is taken at once. */
+const OVERLOAD_EPISODE_MS = 5_000;
+
 /** Long enough for descriptors to come free, short enough for a client to bear. */
 const OVERLOAD_WAIT_MAX_MS = 1_000;
 
@@ -2343,6 +2353,9 @@ const BACKLOG_PATIENCE_MS = 250;
 
 /** Milliseconds that handlers which were cut off have to run their `finish()`. */
 const UNWIND_MS = 200;
+
+/** Milliseconds that a client may take no byte of what a handler has left to be sent, if no `timeout` says otherwise. */
+const CLOSE_STALL_MS = 30_000;
 
 /** How often `serviceActions()` runs: Python's poll interval. */
 const SERVICE_INTERVAL_MS = 500;
@@ -2476,6 +2489,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     lost: 0,
     dropped: 0,
     overloads: 0,
+    /** Since the shutdown began. */
     finished: 0,
     bytesRead: 0,
     bytesWritten: 0,
@@ -2487,11 +2501,12 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   #serving = false;
   #requests: AsyncGenerator<Request, void> | undefined;
   /** The request that a `handleRequest()` waited for in vain. */
-  #next: Promise<IteratorResult<Request, void>> | undefined;
+  #next: { readonly promise: Promise<IteratorResult<Request, void>>; hasArrived: boolean } | undefined;
   #handlingOne = false;
   #draining: Promise<ShutdownReport> | undefined;
   #left = Promise.withResolvers<void>();
   #context: ExchangeContext | undefined;
+  #overloadedAt = -Infinity;
 
   /**
    * Keeps the options; nothing is opened and no hook is called.
@@ -2630,14 +2645,9 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     }
     this.#handlingOne = true;
     try {
-      const requests = await this.#activate();
-      const next = await settledWithin(this.#next ??= requests.next(), timeout);
-      if (next === undefined) return this.handleTimeout();
-      this.#next = undefined;
+      if (!await this.#hasArrived(timeout)) return this.handleTimeout();
+      const next = await this.#takeArrived();
       if (!next.done) await this.#serve(next.value);
-    } catch (error) {
-      this.close();
-      throw error;
     } finally {
       this.#handlingOne = false;
     }
@@ -2697,7 +2707,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     this.#enter("closed");
     const stopped = this.stopListening(false);
     for (const exchange of this.#active.values()) this.#cut(exchange);
-    this.#draining ??= this.#reportOf(performance.now(), this.#counts.finished, stopped);
+    this.#draining ??= this.#reportOf(performance.now(), stopped);
     this.#draining.then(() => this.#endWithin(UNWIND_MS));
   }
 
@@ -2753,7 +2763,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   handleError(error: unknown, clientAddress: Deno.Addr): void | Promise<void> {
     if (this.#outcomeOf(error) !== "errors") return;
     // The stack tells where a handler went wrong, and nothing about a client that did.
-    const detail = this.#isOfClient(error) ? messageOf(error) : error;
+    const detail = this.#exchangeOf(error) === undefined ? error : messageOf(error);
     console.error(`Error while serving ${formatAddress(clientAddress)}:`, detail);
   }
 
@@ -2803,9 +2813,10 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     this.#counts[what]++;
   }
 
-  /** Whether `limit` requests are being served. */
+  /** Whether `limit` requests are being served, those not counted whose handlers only wait for the shutdown. */
   protected isAtLimit(limit: number): boolean {
-    return this.#active.size >= limit;
+    if (this.#active.size < limit) return false;
+    return this.#active.values().filter((exchange) => !exchange.awaitsShutdown).take(limit).toArray().length >= limit;
   }
 
   /** Resolves when fewer than `limit` requests are served, or the server is closed. */
@@ -2815,6 +2826,10 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
 
   /** Counts and reports that the system is exhausted; never throws. */
   protected noteOverload(error: unknown): void {
+    const now = performance.now();
+    const isNew = now - this.#overloadedAt > OVERLOAD_EPISODE_MS;
+    this.#overloadedAt = now;
+    if (!isNew) return;
     this.countIncident("overloads");
     try {
       this.handleOverload(error);
@@ -2887,16 +2902,48 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
 
   #startServices(): () => void {
     if (this.serviceActions === BaseServer.prototype.serviceActions) return ignore;
-    const run = () => this.#runHook("serviceActions", () => this.serviceActions());
-    const timer = setInterval(run, SERVICE_INTERVAL_MS);
+    let isRunning = false;
+    const timer = setInterval(async () => {
+      if (isRunning) return; // The last call takes longer than the interval.
+      isRunning = true;
+      await this.#runHook("serviceActions", () => this.serviceActions());
+      isRunning = false;
+    }, SERVICE_INTERVAL_MS);
     return () => clearInterval(timer);
+  }
+
+  /** Whether a request, or the end of all requests, comes within `ms`. It is waited for on if it does not. */
+  async #hasArrived(ms: number): Promise<boolean> {
+    if (this.#next === undefined) {
+      const requests = await this.#activate();
+      const next = { promise: requests.next(), hasArrived: false };
+      const arrive = () => {
+        next.hasArrived = true;
+        this.#noteLeaving();
+      };
+      next.promise.then(arrive, arrive);
+      this.#next = next;
+    }
+    const next = this.#next;
+    return await this.#holdsWithin(ms, () => next.hasArrived);
+  }
+
+  async #takeArrived(): Promise<IteratorResult<Request, void>> {
+    const next = this.#next;
+    this.#next = undefined;
+    try {
+      return await next?.promise ?? { done: true, value: undefined };
+    } catch (error) {
+      this.close(); // Accepting is over.
+      throw error;
+    }
   }
 
   /** A `handleRequest()` that timed out has left a request to wait for. */
   #serveWaitingRequest(): void {
-    const next = this.#next;
-    this.#next = undefined;
-    next?.then((next) => next.done ? undefined : this.#serve(next.value), ignore);
+    if (this.#next !== undefined) {
+      this.#takeArrived().then((next) => next.done ? undefined : this.#serve(next.value), ignore);
+    }
   }
 
   #serve(request: Request): Promise<void> {
@@ -2931,9 +2978,9 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     this.#active.set(exchange.request, exchange);
   }
 
-  #untrack({ request }: Exchange<Request>): void {
+  #untrack({ request, isCut }: Exchange<Request>): void {
     this.#active.delete(request);
-    this.#counts.finished++;
+    if (this.#isClosing && !isCut) this.#counts.finished++;
     this.#addTraffic(this.#counts, request);
     this.#noteLeaving();
   }
@@ -2950,22 +2997,24 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     this.#left = Promise.withResolvers();
   }
 
-  /** How a request with this error is counted; `undefined` if it was cut off by the server itself. */
+  /** How a request with this error is counted; `undefined` if the server itself has cut it off. */
   #outcomeOf(error: unknown): "aborted" | "timedOut" | "errors" | undefined {
-    if (!this.#isOfClient(error) || error instanceof LimitOverrunError) return "errors";
+    const exchange = this.#exchangeOf(error);
+    if (exchange === undefined || error instanceof LimitOverrunError) return "errors";
     if (error instanceof Deno.errors.TimedOut) return "timedOut";
-    return this.#isClosing && error instanceof Deno.errors.BadResource ? undefined : "aborted";
+    // A stream that was closed by its own handler is no use to it any more.
+    if (error instanceof Deno.errors.BadResource) return exchange.isCut ? undefined : "errors";
+    return "aborted";
   }
 
-  /** Whether the error comes from a client's stream. Another stream's trouble, such as a database's, is the handler's own. */
-  #isOfClient(error: unknown): boolean {
-    return error instanceof Error && this.#active.has(originOf.get(error));
+  /** The exchange whose client's stream the error comes from. Another stream's trouble, such as a database's, is the handler's own. */
+  #exchangeOf(error: unknown): Exchange<Request> | undefined {
+    return error instanceof Error ? this.#active.get(originOf.get(error)) : undefined;
   }
 
   async #drain(grace: number): Promise<ShutdownReport> {
     const begun = performance.now();
     const left = () => Math.max(0, begun + grace - performance.now());
-    const { finished } = this.#counts;
     const wasServing = this.#serving;
     this.#enter("draining");
     const ending = setInterval(() => this.#endIdleRequests(begun), DRAIN_SETTLE_MS);
@@ -2978,7 +3027,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     clearInterval(ending);
     if (!this.#isClosed) this.#enter("closed");
     this.#endWithin(left());
-    return this.#reportOf(begun, finished);
+    return this.#reportOf(begun);
   }
 
   /** Ends what waits for a new message; clients that have just come may say their first word. */
@@ -3029,14 +3078,9 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     this.cutRequest(exchange.request, new Deno.errors.BadResource("The server has closed the connection"));
   }
 
-  async #reportOf(begun: number, finishedBefore: number, stopped?: Promise<void>): Promise<ShutdownReport> {
+  async #reportOf(begun: number, stopped?: Promise<void>): Promise<ShutdownReport> {
     await stopped;
-    const cut = [...this.#cutOff];
-    return {
-      finished: Math.max(0, this.#counts.finished - finishedBefore - cut.length),
-      cut,
-      duration: performance.now() - begun,
-    };
+    return { finished: this.#counts.finished, cut: [...this.#cutOff], duration: performance.now() - begun };
   }
 }
 
@@ -3143,7 +3187,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
           case "overload":
             // Those who wait would have to wait for longer than the shutdown does.
             if (this.isClosing) return this.#backlog.end();
-            if (wait === 0) this.noteOverload(error);
+            this.noteOverload(error);
             wait = Math.min(Math.max(wait * 2, OVERLOAD_WAIT_MIN_MS), OVERLOAD_WAIT_MAX_MS);
             await delay(wait, this.stopping);
             continue;
@@ -3236,6 +3280,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
 
   /** Sends what is buffered and closes the stream. */
   protected override async closeRequest(request: SocketStream): Promise<void> {
+    if (request.timeout === Infinity) request.timeout = CLOSE_STALL_MS;
     await request[Symbol.asyncDispose]();
   }
 

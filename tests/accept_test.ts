@@ -120,6 +120,64 @@ Deno.test("handleOverload() that throws does not end the server", async () => {
   await serving;
 });
 
+/** Takes all descriptors, lets the handlers throw meanwhile, and leaves. */
+const FLOOD = `
+import socket, sys
+clients = [socket.create_connection(("127.0.0.1", int(sys.argv[1]))) for _ in range(200)]
+for client in clients:
+    client.sendall(b"throw\\n")
+print("flooded", flush=True)
+sys.stdin.read()
+`;
+
+/** A server whose handlers throw, in a process that may open 64 files. */
+const SMALL_SERVER = `
+import { StreamRequestHandler, TcpServer } from ${JSON.stringify(import.meta.resolve("../mod.ts"))};
+class Throwing extends StreamRequestHandler {
+  override async handle() {
+    for await (const line of this.request.lines()) {
+      if (line === "throw") throw new TypeError("handler boom");
+      await this.request.send(line + "\\n");
+    }
+  }
+}
+const server = new TcpServer({ port: 0 }, Throwing);
+console.log(server.listen().port);
+await server.serveForever();
+`;
+
+programTest("200 clients and throwing handlers at 64 descriptors do not end the server", async () => {
+  const file = await Deno.makeTempFile({ suffix: ".ts" });
+  await Deno.writeTextFile(file, SMALL_SERVER);
+  const run = `ulimit -n 64; exec "$0" run --no-config --allow-net "$1"`;
+  const server = new Deno.Command("bash", {
+    args: ["-c", run, Deno.execPath(), file],
+    env: { DENO_NO_UPDATE_CHECK: "1", NO_COLOR: "1" },
+    stdout: "piped",
+    stderr: "piped",
+  }).spawn();
+  const [ports, output] = server.stdout.tee();
+  const ended = new Response(output).text();
+  const printed = new Response(server.stderr).text();
+  const reader = ports.getReader();
+  const port = Number(new TextDecoder().decode((await reader.read()).value));
+  const flood = new Deno.Command("python3", { args: ["-c", FLOOD, String(port)], stdin: "piped", stdout: "piped" })
+    .spawn();
+  await flood.stdout.getReader().read();
+  await flood.stdin.close();
+  await flood.status;
+  const client = await connect({ port, retries: 5 });
+  await client.send("still there\n");
+  assertEquals(await client.readLine(), "still there");
+  client.close();
+  server.kill();
+  await reader.cancel();
+  await ended;
+  assertMatch(await printed, /Cannot accept connections for now: Too many open files/);
+  await server.status;
+  await Deno.remove(file);
+});
+
 /** Connects and resets, before anybody can accept. */
 const RESETS = `
 import socket, struct, sys

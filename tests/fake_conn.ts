@@ -21,8 +21,8 @@ const encoder = new TextEncoder();
 const decoder = new TextDecoder();
 
 /** `data` as bytes. */
-export function bytesOf(data: Uint8Array | string): Uint8Array {
-  return typeof data === "string" ? encoder.encode(data) : data;
+export function bytesOf(data: Uint8Array | string): Uint8Array<ArrayBuffer> {
+  return typeof data === "string" ? encoder.encode(data) : data.slice();
 }
 
 /** `bytes` as text; fails the test where there are none. */

@@ -1,14 +1,5 @@
 import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../deps.ts";
-import {
-  BaseServer,
-  connect,
-  type ServerOptions,
-  socketPair,
-  type SocketStream,
-  StreamRequestHandler,
-  type StreamRequestHandlerClass,
-  TcpServer,
-} from "../mod.ts";
+import { BaseServer, connect, socketPair, type SocketStream, StreamRequestHandler, TcpServer } from "../mod.ts";
 import { Echo, FakeListener, networkTest, rejectionOf, until } from "./testing.ts";
 
 /** Says which connection it is, and stays until its client leaves. */
@@ -696,6 +687,136 @@ Deno.test("a server that was closed while it was about to listen closes the list
   }
   await new Late({ port: 0 }, Echo).serveForever();
   assert(fake.closed);
+});
+
+networkTest("shutdown() from the only handler that may run lets those who wait in the backlog be served", async () => {
+  class Stop extends StreamRequestHandler {
+    override async handle() {
+      const line = await this.request.readLine();
+      if (line === "stop") await this.server.shutdown();
+      await this.request.send(`${line} is done\n`);
+    }
+  }
+  await withServer(new TcpServer({ port: 0 }, Stop, { maxConnections: 1, grace: 60_000 }), async (_server, dial) => {
+    const [first, second] = [await dial(), await dial()];
+    await second.send("work\n");
+    await first.send("stop\n");
+    assertEquals(await first.readLine(), "stop is done");
+    assertEquals(await second.readLine(), "work is done");
+  });
+});
+
+networkTest("a line that was cut in two by a shutdown is never handed out as a whole", async () => {
+  const lines: string[] = [];
+  class Lines extends StreamRequestHandler {
+    override async handle() {
+      for await (const line of this.request.lines()) {
+        lines.push(line);
+        if (line === "one") await this.server.shutdown({ grace: 300 });
+      }
+    }
+  }
+  class Quiet extends TcpServer {
+    override handleError() {}
+  }
+  const server = new Quiet({ port: 0 }, Lines);
+  const { port } = server.listen();
+  const serving = server.serveForever();
+  const client = await connect({ port });
+  await client.send("one\nDELETE /important");
+  await serving; // The client is cut off in the middle of its line.
+  client.close();
+  assertEquals(lines, ["one"]);
+});
+
+networkTest("handleError() that rejects, and errors that cannot be printed, end nothing", async () => {
+  class Unprintable extends TypeError {
+    override get message(): string {
+      throw new TypeError("no message either");
+    }
+  }
+  class Throwing extends StreamRequestHandler {
+    override async handle() {
+      await this.request.send("hello\n");
+      throw new Unprintable();
+    }
+  }
+  class Rejecting extends TcpServer {
+    override async handleError(error: unknown, clientAddress: Deno.Addr) {
+      await super.handleError(error, clientAddress);
+      throw error;
+    }
+  }
+  const print = console.error;
+  console.error = () => {};
+  try {
+    await withServer(new Rejecting({ port: 0 }, Throwing), async (server, dial) => {
+      for (let times = 1; times <= 2; times++) {
+        const client = await dial();
+        assertEquals(await client.readLine(), "hello");
+        assertEquals(await client.recv(), null);
+      }
+      await until(() => server.stats.active === 0);
+      assertEquals(server.stats.errors, 4);
+    });
+  } finally {
+    console.error = print;
+  }
+});
+
+networkTest("a handler that uses its stream after it closed it is told so", async () => {
+  const told: unknown[] = [];
+  class Closing extends StreamRequestHandler {
+    override async handle() {
+      this.request.close();
+      await this.request.send("too late\n");
+    }
+  }
+  class Telling extends TcpServer {
+    override handleError(error: unknown) {
+      told.push(error);
+    }
+  }
+  await withServer(new Telling({ port: 0 }, Closing), async (server, dial) => {
+    assertEquals(await (await dial()).recv(), null);
+    await until(() => server.stats.errors === 1);
+    assert(told[0] instanceof Deno.errors.BadResource);
+  });
+});
+
+networkTest("the report counts the handlers that finished and those that were cut off", async () => {
+  class Mixed extends StreamRequestHandler {
+    override async handle() {
+      const line = await this.request.readLine();
+      await this.request.send("ready\n");
+      if (line === "stay") await new Promise(() => {});
+      await this.request.recv();
+    }
+  }
+  await withServer(new TcpServer({ port: 0 }, Mixed), async (server, dial) => {
+    const clients = [await dial(), await dial(), await dial()];
+    for (const [index, client] of clients.entries()) {
+      await client.send(index === 0 ? "stay\n" : "go\n");
+      assertEquals(await client.readLine(), "ready");
+    }
+    const { finished, cut } = await server.shutdown({ grace: 200 });
+    assertEquals([finished, cut.length], [2, 1]);
+  });
+});
+
+networkTest("handleTimeout() that throws leaves the server open", async () => {
+  class Faulty extends TcpServer {
+    override handleTimeout() {
+      throw new TypeError("a bug in the hook");
+    }
+  }
+  await using server = new Faulty({ port: 0 }, Echo);
+  const { port } = server.listen();
+  await assertRejects(server.handleRequest({ timeout: 5 }), TypeError);
+  const handled = server.handleRequest();
+  const client = await connect({ port });
+  client.close();
+  await handled;
 });
 
 networkTest("handlers that are done are not kept", async () => {
