@@ -698,9 +698,9 @@ class ReadBuffer {
   }
 
   #indexOfByte(byte: number, from: number): number {
-    // What lies behind #end is left over from earlier reads.
-    const at = this.#bytes.indexOf(byte, this.#start + from);
-    return at < 0 || at >= this.#end ? -1 : at - this.#start;
+    // Without its end the search would run through what earlier reads left behind.
+    const at = this.#bytes.subarray(this.#start + from, this.#end).indexOf(byte);
+    return at < 0 ? -1 : at + from;
   }
 
   /** The big- or little-endian number in the first `bytes` bytes. */
@@ -3185,11 +3185,10 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
             this.countIncident("lost");
             continue;
           case "overload":
-            // Those who wait would have to wait for longer than the shutdown does.
-            if (this.isClosing) return this.#backlog.end();
             this.noteOverload(error);
             wait = Math.min(Math.max(wait * 2, OVERLOAD_WAIT_MIN_MS), OVERLOAD_WAIT_MAX_MS);
-            await delay(wait, this.stopping);
+            if (this.isClosing) await this.#backlog.during(delay(OVERLOAD_WAIT_MIN_MS));
+            else await delay(wait, this.stopping);
             continue;
           case "fatal":
             throw error;
