@@ -67,7 +67,7 @@ for (
     ["an empty hostname", () => new TcpServer({ hostname: "", port: 0 }, Echo)],
   ] as const
 ) {
-  Deno.test(`TcpServer refuses ${name}`, () => assertThrows(make, TypeError));
+  Deno.test(`TcpServer refuses ${name}`, () => void assertThrows(make, TypeError));
 }
 
 for (
@@ -79,7 +79,7 @@ for (
     ["an idle timeout of 0", () => new TcpServer({ port: 0 }, Echo, { idleTimeout: 0 })],
   ] as const
 ) {
-  Deno.test(`TcpServer refuses ${name}`, () => assertThrows(make, RangeError));
+  Deno.test(`TcpServer refuses ${name}`, () => void assertThrows(make, RangeError));
 }
 
 networkTest("listen() resolves port 0, and a second call gives the same address", async () => {
@@ -102,8 +102,8 @@ networkTest("listen() says which address is in use, and what to do", async () =>
 
 networkTest("serveForever() rejects while it runs already", async () => {
   await withServer(new TcpServer({ port: 0 }, Echo), async (server) => {
-    await assertRejects(server.serveForever(), Deno.errors.Busy);
-    await assertRejects(server.handleRequest(), Deno.errors.Busy);
+    await assertRejects(() => server.serveForever(), Deno.errors.Busy);
+    await assertRejects(() => server.handleRequest(), Deno.errors.Busy);
   });
 });
 
@@ -133,7 +133,7 @@ networkTest("maxConnections: 1 serves one client after the other", async () => {
     const second = await dial();
     assertEquals(await first.readLine(), "hello");
     second.timeout = 20;
-    await assertRejects(second.readLine(), Deno.errors.TimedOut);
+    await assertRejects(() => second.readLine(), Deno.errors.TimedOut);
     assertEquals(server.stats.active, 1);
     second.timeout = Infinity;
     first.close();
@@ -668,7 +668,7 @@ networkTest("await using shuts a server down", async () => {
     ({ port } = server.listen());
     server.serveForever();
   }
-  await assertRejects(connect({ port }), Deno.errors.ConnectionRefused);
+  await assertRejects(() => connect({ port }), Deno.errors.ConnectionRefused);
 });
 
 Deno.test("close() right after constructing does nothing else", async () => {
@@ -812,7 +812,7 @@ networkTest("handleTimeout() that throws leaves the server open", async () => {
   }
   await using server = new Faulty({ port: 0 }, Echo);
   const { port } = server.listen();
-  await assertRejects(server.handleRequest({ timeout: 5 }), TypeError);
+  await assertRejects(() => server.handleRequest({ timeout: 5 }), TypeError);
   const handled = server.handleRequest();
   const client = await connect({ port });
   client.close();

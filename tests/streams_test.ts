@@ -611,7 +611,7 @@ Deno.test("cancelling readable while it waits closes both sides", async () => {
   const reader = stream.readable.getReader();
   const reading = reader.read();
   await reader.cancel();
-  assertEquals(await reading, { done: true, value: undefined });
+  assertEquals((await reading).done, true);
   assert(conn.isClosed);
 });
 

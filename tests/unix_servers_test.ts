@@ -69,7 +69,7 @@ unixTest("UnixServer leaves a server that is alive alone", async (folder) => {
 unixTest("UnixServer leaves a file alone that is no socket", async (folder) => {
   const path = `${folder}/notes.txt`;
   Deno.writeTextFileSync(path, "precious");
-  await assertRejects(new UnixServer({ path }, Echo).serveForever(), Deno.errors.AddrInUse);
+  await assertRejects(() => new UnixServer({ path }, Echo).serveForever(), Deno.errors.AddrInUse);
   assertEquals(Deno.readTextFileSync(path), "precious");
 });
 
@@ -77,7 +77,7 @@ unixTest("UnixServer can be tried again after it could not listen", async (folde
   const path = `${folder}/echo.sock`;
   Deno.writeTextFileSync(path, "in the way");
   await using server = new UnixServer({ path }, Echo);
-  await assertRejects(server.listen(), Deno.errors.AddrInUse);
+  await assertRejects(() => server.listen(), Deno.errors.AddrInUse);
   Deno.removeSync(path);
   await server.listen();
   server.serveForever();
