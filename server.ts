@@ -127,7 +127,7 @@ async function serve(server: StreamServer): Promise<void> {
   }
   const { cut } = await server.shutdown(); // It is over: this is its report.
   const { accepted, bytesRead, bytesWritten } = server.stats;
-  log(`served ${accepted} clients, ${cut.length} of them cut off; ${bytesRead} bytes in, ${bytesWritten} bytes out`);
+  log(`clients: ${accepted}, cut off: ${cut.length}, bytes in: ${bytesRead}, bytes out: ${bytesWritten}`);
 }
 
 if (import.meta.main) {

@@ -335,7 +335,7 @@ for (const signal of ["SIGINT", "SIGTERM"] as const) {
     server.kill(signal);
     const { code, stdout, stderr } = await server.ended();
     assertEquals([code, stderr], [0, ""]);
-    assertMatch(stdout, /\nserved 0 clients, 0 of them cut off; 0 bytes in, 0 bytes out\n$/);
+    assertMatch(stdout, /\nclients: 0, cut off: 0, bytes in: 0, bytes out: 0\n$/);
   });
 
   programTest(`${signal} lets a client finish the line that it has begun`, async () => {
@@ -346,7 +346,7 @@ for (const signal of ["SIGINT", "SIGTERM"] as const) {
     assertMatch(new TextDecoder().decode(await client.receiveAll()), stamped("two\n"));
     const { code, stdout, stderr } = await server.ended();
     assertEquals([code, stderr], [0, ""]);
-    assertMatch(stdout, /\nserved 2 clients, 0 of them cut off; 10 bytes in, 91 bytes out\n$/);
+    assertMatch(stdout, /\nclients: 2, cut off: 0, bytes in: 10, bytes out: 91\n$/);
   });
 
   for (const second of ["SIGINT", "SIGTERM"] as const) {
@@ -359,7 +359,7 @@ for (const signal of ["SIGINT", "SIGTERM"] as const) {
       const { code, stdout, stderr } = await server.ended();
       assert(performance.now() - begun < 5_000);
       assertEquals([code, stderr], [0, ""]);
-      assertMatch(stdout, /\nserved 2 clients, 1 of them cut off; 8 bytes in, 60 bytes out\n$/);
+      assertMatch(stdout, /\nclients: 2, cut off: 1, bytes in: 8, bytes out: 60\n$/);
     });
   }
 }
@@ -376,5 +376,5 @@ programTest("a second signal is heard however soon it comes", async () => {
   const { code, stdout } = await server.ended();
   assert(performance.now() - begun < 5_000);
   assertEquals(code, 0);
-  assertMatch(stdout, /\nserved 1 clients, 1 of them cut off; /);
+  assertMatch(stdout, /\nclients: 1, cut off: 1, /);
 });
