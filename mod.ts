@@ -755,6 +755,8 @@ const DONE: Promise<void> = Promise.resolve();
 /** One thing to do on the connection, in its turn. */
 interface WriteJob {
   readonly bytes: Uint8Array;
+  /** Whether `write()` took the bytes, which count as buffered. */
+  readonly wasGathered?: boolean;
   /** A block of `spareBlocks` that `bytes` lie in. */
   readonly block?: Uint8Array<ArrayBuffer>;
   readonly endsStream?: boolean;
@@ -885,10 +887,16 @@ class WriteQueue {
   /** Makes a job of what was gathered. */
   #seal(): void {
     const block = this.#block;
-    if (block === undefined) return;
-    this.#jobs.push({ bytes: block.subarray(0, this.#blockLength), block });
-    this.#block = undefined;
+    if (block === undefined || this.#blockLength === 0) return;
+    const bytes = block.subarray(0, this.#blockLength);
     this.#blockLength = 0;
+    if (this.#busy && bytes.length < BLOCK_BYTES / 4) {
+      // It has to wait, perhaps for long, and must not keep a whole block for so little.
+      this.#jobs.push({ bytes: bytes.slice(), wasGathered: true });
+    } else {
+      this.#jobs.push({ bytes, wasGathered: true, block });
+      this.#block = undefined;
+    }
   }
 
   /** Sends what was gathered when this turn of the event loop is over, in case that nothing else does. */
@@ -934,10 +942,8 @@ class WriteQueue {
   #settle(): void {
     const job = this.#jobs.shift();
     this.#offset = 0;
-    if (job?.block !== undefined) {
-      this.#buffered -= job.bytes.length;
-      if (spareBlocks.length < MAX_SPARE_BLOCKS) spareBlocks.push(job.block);
-    }
+    if (job?.wasGathered) this.#buffered -= job.bytes.length;
+    if (job?.block !== undefined && spareBlocks.length < MAX_SPARE_BLOCKS) spareBlocks.push(job.block);
     job?.settled?.resolve();
   }
 
