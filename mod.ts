@@ -161,6 +161,7 @@ const NETWORK_ERRORS = [
   Deno.errors.TimedOut,
   RangeError,
   TypeError,
+  URIError,
 ];
 
 /** The same class and `code` as `error`, so that callers can tell it apart, under a message of ours. */
@@ -182,6 +183,15 @@ function messageOf(error: unknown): string {
     return error instanceof Error ? error.message : String(error);
   } catch {
     return "what was thrown cannot be printed"; // Its own code has thrown.
+  }
+}
+
+/** Prints an error with its stack; never throws. */
+function printError(what: string, error: unknown): void {
+  try {
+    console.error(what, error);
+  } catch {
+    console.error(what, messageOf(error)); // Its own code has thrown.
   }
 }
 
@@ -364,6 +374,7 @@ const NUMBER_RULES: Record<string, "above 0" | "0 or more" | "whole, 1 or more" 
   grace: "0 or more",
   retries: "whole, 0 or more",
   tcpBacklog: "whole, 1 or more",
+  mode: "whole, 0 or more",
 };
 
 /** Fills `options` up with `defaults`; throws for a name that is misspelt and for a number out of its range. */
@@ -978,7 +989,13 @@ let unflushed: WriteQueue[] = [];
 function flushAll(): void {
   const queues = unflushed;
   unflushed = [];
-  for (const queue of queues) queue.flushAtTurnEnd();
+  for (const queue of queues) {
+    try {
+      queue.flushAtTurnEnd();
+    } catch (error) {
+      queue.fail(error); // A connection of the caller's own that throws must not hold the others up.
+    }
+  }
 }
 
 // --- Streams ----------------------------------------------------------------
@@ -1009,8 +1026,13 @@ const originOf = new WeakMap<Error, SocketStream>();
 
 /** What a server may do to a stream and nobody else. */
 interface StreamControl {
-  /** From now on a read that would wait for a new message reads the end of the stream. */
-  endBetweenMessages(stream: SocketStream): void;
+  /**
+   * From now on a read that would wait for a new message reads the end of the
+   * stream; if the client waits for an answer, only with `isLate`.
+   */
+  endBetweenMessages(stream: SocketStream, isLate: boolean): void;
+  /** How many reads the streams of this module have completed. */
+  completedReads(): number;
   /** Closes at once and drops what is buffered; `error` is what the stream's calls reject with. */
   cut(stream: SocketStream, error: Error): void;
 }
@@ -1051,11 +1073,13 @@ let control: StreamControl;
 export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Disposable, AsyncDisposable {
   static {
     control = {
-      endBetweenMessages: (stream) => stream.#endBetweenMessages(),
+      endBetweenMessages: (stream, isLate) => stream.#endBetweenMessages(isLate),
+      completedReads: () => SocketStream.#completedReads,
       cut: (stream, error) => stream.#cut(error),
     };
   }
 
+  static #completedReads = 0;
   readonly #conn: StreamConn;
   readonly #limit: number;
   readonly #idleTimeout: number;
@@ -1074,10 +1098,12 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   #readFailure: unknown;
   #readFailed = false;
   #closed = false;
+  /** What `close()` still sends. */
+  #lingering: Promise<void> | undefined;
   /** Bytes were read since the last write, so the peer waits for an answer. */
   #unanswered = false;
-  /** The server drains: waiting for a new message reads the end. */
-  #endsBetweenMessages = false;
+  /** The server drains: waiting for a new message reads the end; when it is late, also if an answer is due. */
+  #draining: "no" | "soon" | "late" = "no";
   #bytesRead = 0;
   #writeSince = 0;
   #activeSince = 0;
@@ -1148,7 +1174,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * Reads what has arrived, or waits until something does.
    *
    * @param maxBytes The most bytes to read, 1 or more. Default `Infinity`: all
-   * that has arrived, which is 64 KiB at most.
+   * that has arrived.
    * @returns Resolves to one byte or more, which are the caller's to keep, and to
    * `null` at the end of the stream. To transfer their buffer to a worker, take a
    * `slice()`: the buffer may hold later bytes too.
@@ -1177,8 +1203,8 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
-   * Reads into an array of the caller, as `Deno.Conn.read` does: no copy is made
-   * and nothing is allocated. Leave `into` alone until the promise settles; if it
+   * Reads into an array of the caller, as `Deno.Conn.read` does: nothing is
+   * allocated, and without a `timeout` nothing is copied. Leave `into` alone until the promise settles; if it
    * settles with the end because the server shuts down, until the handler is done.
    *
    * @param into Where the bytes go; not empty.
@@ -1510,9 +1536,10 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
   /**
    * Closes both sides. What waits, and each later call, rejects with
-   * `Deno.errors.BadResource`. Bytes that `write()` had buffered are still sent if
-   * the peer takes them within a second; `await using`, or `flush()` before it,
-   * waits for them. A second call does nothing.
+   * `Deno.errors.BadResource`. Bytes that are still on their way are sent if the
+   * peer takes them within a second, for which a `read(into)` that waits has to
+   * wait too; `await using`, or `flush()` before it, waits for them. A second call
+   * does nothing.
    */
   close(): void {
     if (this.#closed) return;
@@ -1520,7 +1547,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     if (this.#output.idle) return this.#cut(error);
     this.#shut(error);
     const timer = setTimeout(() => this.#cut(error), CLOSE_LINGER_MS);
-    this.#output.flush().catch(ignore).finally(() => {
+    this.#lingering = this.#output.flush().catch(ignore).finally(() => {
       clearTimeout(timer);
       this.#cut(error);
     });
@@ -1535,6 +1562,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   async [Symbol.asyncDispose](): Promise<void> {
     if (!this.#closed) await this.flush().catch(ignore);
     this.close();
+    await this.#lingering;
   }
 
   /** The incoming side as a web stream, made at the first use. Cancelling it closes both sides; reading its end does not. */
@@ -1571,7 +1599,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
       return rejection(this.#own(error));
     }
     if (this.#readFailed) return rejection(this.#readFailure);
-    if (startsMessage && this.#endsBetweenMessages && this.#input.length === 0) this.#ended = true;
+    if (this.#endsBetweenMessages(startsMessage)) this.#ended = true;
     return this.#wait(call, take, startsMessage, into);
   }
 
@@ -1603,7 +1631,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   #iterate<T>(call: string, taker: () => () => T | null | typeof MORE): AsyncIterableIterator<T> {
+    let isOver = false;
     const next = (): Promise<IteratorResult<T, undefined>> => {
+      if (isOver) return Promise.resolve({ done: true, value: undefined });
       const take = taker();
       return this.#read(call, () => {
         const value = take();
@@ -1612,7 +1642,10 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     };
     return {
       next,
-      return: () => Promise.resolve({ done: true, value: undefined }),
+      return: () => {
+        isOver = true;
+        return Promise.resolve({ done: true, value: undefined });
+      },
       [Symbol.asyncIterator]() {
         return this;
       },
@@ -1642,6 +1675,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   };
 
   #receive(count: number): void {
+    SocketStream.#completedReads++;
     this.#bytesRead += count;
     if (this.#isTimed) this.#noteActivity();
     const direct = this.#direct;
@@ -1771,12 +1805,18 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     return this.#input.take(expected - lengthBytes);
   }
 
-  #endBetweenMessages(): void {
-    this.#endsBetweenMessages = true;
-    if (this.#reader?.startsMessage && this.#input.length === 0) {
+  #endBetweenMessages(isLate: boolean): void {
+    this.#draining = isLate ? "late" : "soon";
+    if (this.#reader !== undefined && this.#endsBetweenMessages(this.#reader.startsMessage)) {
       this.#ended = true;
       this.#advance();
     }
+  }
+
+  /** Whether a read that has to wait ends here, because the server drains and no message has begun. */
+  #endsBetweenMessages(startsMessage: boolean): boolean {
+    if (this.#draining === "no" || !startsMessage || this.#input.length > 0) return false;
+    return this.#draining === "late" || !this.#unanswered;
   }
 
   #cut(error: Error): void {
@@ -2202,6 +2242,21 @@ function retryDelay(tries: number): number {
 
 // --- Handlers ---------------------------------------------------------------
 
+/** The signals of the requests whose handlers have asked for one. */
+const requestSignals = new WeakMap<object, AbortController>();
+
+/** A signal for one request, that follows its server's. */
+function requestSignal(request: unknown, serverSignal: AbortSignal): AbortSignal {
+  if (typeof request !== "object" || request === null || serverSignal.aborted) return serverSignal;
+  const controller = requestSignals.get(request) ?? new AbortController();
+  requestSignals.set(request, controller);
+  return controller.signal;
+}
+
+function abortRequest(request: unknown, reason: unknown): void {
+  if (typeof request === "object" && request !== null) requestSignals.get(request)?.abort(reason);
+}
+
 /**
  * What a user writes: one object for each request. Override `handle()`, and
  * `setup()` and `finish()` where there is something to prepare or to put away.
@@ -2233,9 +2288,9 @@ export abstract class BaseRequestHandler<Request, Server extends { readonly sign
     this.server = server;
   }
 
-  /** Aborts when the server begins to shut down: the handler should come to an end. */
+  /** Aborts when the server begins to shut down: the handler should come to an end. It is this request's own, so listeners end with it. */
   get signal(): AbortSignal {
-    return this.server.signal;
+    return requestSignal(this.request, this.server.signal);
   }
 
   /** Runs before `handle()`. If it throws, neither `handle()` nor `finish()` runs. */
@@ -2347,6 +2402,9 @@ const DRAIN_SETTLE_MS = 50;
 
 /** Milliseconds that a client which was just accepted has to say its first word when the server drains. */
 const DRAIN_FIRST_WORD_MS = 500;
+
+/** More reads than these in 50 ms, and some that are ready may not have had their turn: the runtime completes 128 a turn. */
+const BUSY_READS = 100;
 
 /** Looks at a backlog that must all find it quiet; a busy event loop may come late to one of them. */
 const BACKLOG_LOOKS = 5;
@@ -2510,8 +2568,9 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   #next: { readonly promise: Promise<IteratorResult<Request, void>>; hasArrived: boolean } | undefined;
   #handlingOne = false;
   #draining: Promise<ShutdownReport> | undefined;
-  #left = Promise.withResolvers<void>();
+  #change = Promise.withResolvers<void>();
   #context: ExchangeContext | undefined;
+  #awaitingShutdown = 0;
   #overloadedAt = -Infinity;
 
   /**
@@ -2543,8 +2602,8 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   protected abstract clientAddressOf(request: Request): Deno.Addr;
   /** How many bytes `request` has moved. */
   protected abstract trafficOf(request: Request): { readonly bytesRead: number; readonly bytesWritten: number };
-  /** Ends `request` if its client has nothing under way; one that has not spoken yet only with `firstWord`. */
-  protected abstract endRequest(request: Request, firstWord: boolean): void;
+  /** Ends `request` if its client has nothing under way; one that has not spoken yet, or waits for an answer, only with `isLate`. */
+  protected abstract endRequest(request: Request, isLate: boolean): void;
   /** Ends `request` in good order: what is buffered is sent. Never rejects. */
   protected abstract closeRequest(request: Request): Promise<void>;
   /** Ends `request` now; what its handler waits for rejects with `error`. */
@@ -2558,7 +2617,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     return this.#address;
   }
 
-  /** Aborts when the server begins to shut down, after the backlog was served. Handlers have it as `this.signal`. */
+  /** Aborts when the server begins to shut down, after the backlog was served. A handler has its own, as `this.signal`. */
   get signal(): AbortSignal {
     return this.#controller.signal;
   }
@@ -2575,10 +2634,11 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
    * Serves until {@linkcode BaseServer.shutdown} or {@linkcode BaseServer.close}.
    *
    * @param options With a `signal`, its abort is a call of `shutdown()`.
-   * @returns Resolves once the shutdown is over and no handler runs any more; at
-   * once if the server is closed already. Rejects with what `listen()` throws,
-   * and with an error of accepting that cannot be waited out; the server is
-   * closed then.
+   * @returns Resolves once the shutdown is over and no handler runs any more, but
+   * for those that were cut off and do not end for 200 ms; at once if the server
+   * is closed already. Rejects with what `listen()` throws,
+   * after which it may be called again, and with an error of accepting that cannot
+   * be waited out, after which the server is closed.
    * @throws {Deno.errors.Busy} If it serves already.
    *
    * @example
@@ -2611,7 +2671,9 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
       // Someone else has closed the listener.
       if (!this.#isClosing) stop();
     } catch (error) {
-      this.close();
+      // If listening failed, it may be tried again.
+      if (this.#phase === "new") this.#serving = false;
+      else this.close();
       throw error;
     } finally {
       stopServices();
@@ -2677,6 +2739,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
    * the server's option; 0 cuts at once, `Infinity` waits for ever.
    * @returns Resolves to a report when it is over; the address is free by then.
    * Never rejects.
+   * @throws {RangeError} If `grace` is out of its range.
    *
    * @example
    * ```ts
@@ -2700,9 +2763,10 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     checkNumber("grace", grace);
     this.#draining ??= this.#drain(grace);
     const caller = this.#context?.getStore();
-    if (caller !== undefined) {
+    if (caller !== undefined && !caller.awaitsShutdown) {
       caller.awaitsShutdown = true;
-      this.#noteLeaving();
+      this.#awaitingShutdown++;
+      this.#wake();
     }
     return this.#draining;
   }
@@ -2770,7 +2834,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     if (this.#outcomeOf(error) !== "errors") return;
     // The stack tells where a handler went wrong, and nothing about a client that did.
     const detail = this.#exchangeOf(error) === undefined ? error : messageOf(error);
-    console.error(`Error while serving ${formatAddress(clientAddress)}:`, detail);
+    printError(`Error while serving ${formatAddress(clientAddress)}:`, detail);
   }
 
   /** Is called when `handleRequest()` has waited for its `timeout`. The default does nothing. */
@@ -2792,12 +2856,12 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   /** Whether `shutdown()` or `close()` was called. */
-  protected get isClosing(): boolean {
+  protected get isShuttingDown(): boolean {
     return this.#isClosing;
   }
 
   /** Aborts at the very beginning of a shutdown, before {@linkcode BaseServer.signal}. */
-  protected get stopping(): AbortSignal {
+  protected get stopSignal(): AbortSignal {
     return this.#stopping.signal;
   }
 
@@ -2819,15 +2883,14 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     this.#counts[what]++;
   }
 
-  /** Whether `limit` requests are being served, those not counted whose handlers only wait for the shutdown. */
+  /** Whether `limit` requests are being served; those do not count whose handlers only wait for the shutdown. */
   protected isAtLimit(limit: number): boolean {
-    if (this.#active.size < limit) return false;
-    return this.#active.values().filter((exchange) => !exchange.awaitsShutdown).take(limit).toArray().length >= limit;
+    return this.#active.size - this.#awaitingShutdown >= limit;
   }
 
   /** Resolves when fewer than `limit` requests are served, or the server is closed. */
   protected async belowLimit(limit: number): Promise<void> {
-    while (this.isAtLimit(limit) && !this.#isClosed) await this.#left.promise;
+    while (this.isAtLimit(limit) && !this.#isClosed) await this.#change.promise;
   }
 
   /** Counts and reports that the system is exhausted; never throws. */
@@ -2865,7 +2928,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
       await hook();
     } catch (error) {
       this.#counts.errors++;
-      console.error(`Error in ${name}(): ${messageOf(error)}`);
+      printError(`Error in ${name}():`, error);
     }
   }
 
@@ -2883,14 +2946,17 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     this.#phase = phase;
     if (!this.#isClosing) return;
     this.#stopping.abort();
+    if (!this.#handlingOne) this.#serveWaitingRequest();
     if (!this.#isClosed) return;
     this.#abortSignal();
-    this.#noteLeaving();
+    this.#wake();
     if (phase === "ended") this.#ended.resolve();
   }
 
   #abortSignal(): void {
-    this.#controller.abort(new DOMException("The server is shutting down", "AbortError"));
+    const reason = new DOMException("The server is shutting down", "AbortError");
+    this.#controller.abort(reason);
+    for (const { request } of this.#active.values()) abortRequest(request, reason);
   }
 
   async #activate(): Promise<AsyncGenerator<Request, void>> {
@@ -2925,7 +2991,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
       const next = { promise: requests.next(), hasArrived: false };
       const arrive = () => {
         next.hasArrived = true;
-        this.#noteLeaving();
+        this.#wake();
       };
       next.promise.then(arrive, arrive);
       this.#next = next;
@@ -2984,11 +3050,12 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     this.#active.set(exchange.request, exchange);
   }
 
-  #untrack({ request, isCut }: Exchange<Request>): void {
+  #untrack({ request, isCut, awaitsShutdown }: Exchange<Request>): void {
     this.#active.delete(request);
+    if (awaitsShutdown) this.#awaitingShutdown--;
     if (this.#isClosing && !isCut) this.#counts.finished++;
     this.#addTraffic(this.#counts, request);
-    this.#noteLeaving();
+    this.#wake();
   }
 
   #addTraffic(sum: { bytesRead: number; bytesWritten: number }, request: Request): void {
@@ -2997,10 +3064,10 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     sum.bytesWritten += bytesWritten;
   }
 
-  /** Wakes those who wait for requests to leave. */
-  #noteLeaving(): void {
-    this.#left.resolve();
-    this.#left = Promise.withResolvers();
+  /** Wakes those who wait for something to change. */
+  #wake(): void {
+    this.#change.resolve();
+    this.#change = Promise.withResolvers();
   }
 
   /** How a request with this error is counted; `undefined` if the server itself has cut it off. */
@@ -3023,7 +3090,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     const left = () => Math.max(0, begun + grace - performance.now());
     const wasServing = this.#serving;
     this.#enter("draining");
-    const ending = setInterval(() => this.#endIdleRequests(begun), DRAIN_SETTLE_MS);
+    const ending = this.#startEndingRequests(begun);
     const stopped = this.stopListening(wasServing);
     await settledWithin(stopped, Math.min(DRAIN_FIRST_WORD_MS, left()));
     this.#abortSignal();
@@ -3036,12 +3103,22 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     return this.#reportOf(begun);
   }
 
-  /** Ends what waits for a new message; clients that have just come may say their first word. */
-  #endIdleRequests(begun: number): void {
-    const now = performance.now();
-    for (const { request, since } of this.#active.values()) {
-      this.endRequest(request, now - Math.max(since, begun) >= DRAIN_FIRST_WORD_MS);
-    }
+  /** Looks every 50 ms who waits for a new message, and ends them. */
+  #startEndingRequests(begun: number): ReturnType<typeof setInterval> {
+    const before = new Map<unknown, number>();
+    for (const { request } of this.#active.values()) before.set(request, this.trafficOf(request).bytesRead);
+    let reads = control.completedReads();
+    return setInterval(() => {
+      const isBusy = control.completedReads() - reads > BUSY_READS;
+      reads = control.completedReads();
+      const now = performance.now();
+      for (const { request, since } of this.#active.values()) {
+        const isLate = now - Math.max(since, begun) >= DRAIN_FIRST_WORD_MS;
+        // What it has sent before may still wait for its turn to be read.
+        const isUnread = isBusy && before.get(request) === this.trafficOf(request).bytesRead;
+        if (isLate || !isUnread) this.endRequest(request, isLate);
+      }
+    }, DRAIN_SETTLE_MS);
   }
 
   async #cutRest(): Promise<void> {
@@ -3070,9 +3147,9 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     const expired = new AbortController();
     const timer = ms === Infinity ? undefined : setTimeout(() => {
       expired.abort();
-      this.#noteLeaving();
+      this.#wake();
     }, Math.min(ms, MAX_TIMER_MS));
-    while (!condition() && !expired.signal.aborted) await this.#left.promise;
+    while (!condition() && !expired.signal.aborted) await this.#change.promise;
     clearTimeout(timer);
     return condition();
   }
@@ -3097,6 +3174,8 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
  * start in the process's first 500 ms.
  */
 function prepareForExhaustion(): void {
+  if (isPrepared) return;
+  isPrepared = true;
   void new TypeError("unused").stack;
   try {
     Deno.addSignalListener("SIGINT", ignore);
@@ -3105,6 +3184,8 @@ function prepareForExhaustion(): void {
     // A worker has no signals.
   }
 }
+
+let isPrepared = false;
 
 /** What `promise` resolves to, or `undefined` after `ms`. */
 async function settledWithin<T>(promise: Promise<T>, ms: number): Promise<T | undefined> {
@@ -3193,10 +3274,11 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
           case "overload":
             this.noteOverload(error);
             wait = Math.min(Math.max(wait * 2, OVERLOAD_WAIT_MIN_MS), OVERLOAD_WAIT_MAX_MS);
-            if (this.isClosing) await this.#backlog.during(delay(OVERLOAD_WAIT_MIN_MS));
-            else await delay(wait, this.stopping);
+            if (this.isShuttingDown) await this.#backlog.during(delay(OVERLOAD_WAIT_MIN_MS));
+            else await delay(wait, this.stopSignal);
             continue;
           case "fatal":
+            this.#backlog.end();
             throw error;
         }
       }
@@ -3279,8 +3361,8 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   }
 
   /** Ends a stream that waits for a new message. */
-  protected override endRequest(request: SocketStream, firstWord: boolean): void {
-    if (firstWord || request.bytesRead > 0) control.endBetweenMessages(request);
+  protected override endRequest(request: SocketStream, isLate: boolean): void {
+    if (isLate || request.bytesRead > 0) control.endBetweenMessages(request, isLate);
   }
 
   /** Sends what is buffered and closes the stream. */
@@ -3519,12 +3601,12 @@ class SocketFile {
 
   /** Runs `close`, and leaves no file behind; another's, that has come into its place, stays. Never throws. */
   async unbind(close: () => void | Promise<void>): Promise<void> {
-    // The runtime removes whatever has the socket's path, so another's file is
-    // put aside for that moment.
+    // The runtime removes whatever has the socket's path, so another's file gets
+    // a second name for that moment.
     const aside = this.#othersHavePath ? `${this.path}.${crypto.randomUUID()}` : undefined;
-    if (aside !== undefined) this.#tidyUp(() => Deno.renameSync(this.path, aside));
+    if (aside !== undefined) this.#tidyUp(() => Deno.linkSync(this.path, aside));
     await close();
-    if (aside !== undefined) this.#tidyUp(() => Deno.renameSync(aside, this.path));
+    if (aside !== undefined) this.#tidyUp(() => restoreLink(aside, this.path));
     else if (isSameFile(fileAt(this.path), this.#made)) this.#tidyUp(() => Deno.removeSync(this.path));
   }
 
@@ -3543,6 +3625,9 @@ class SocketFile {
 }
 
 function listenError(error: unknown, address: Deno.Addr): Error {
+  if (errorCode(error) === "ENOENT") {
+    return restate(error, `Cannot listen on ${formatAddress(address)}: its folder does not exist; make it first`);
+  }
   return restate(error, `Cannot listen on ${formatAddress(address)}: ${explain(error, address)}`);
 }
 
@@ -3553,6 +3638,12 @@ function fileAt(path: string): Deno.FileInfo | undefined {
     // It is not there, or we may not know: the bind will say so.
     return undefined;
   }
+}
+
+/** Gives a file its `path` back, and takes its other name away. */
+function restoreLink(aside: string, path: string): void {
+  Deno.renameSync(aside, path);
+  if (fileAt(aside) !== undefined) Deno.removeSync(aside); // Both names were there: rename(2) does nothing then.
 }
 
 function isSameFile(file: Deno.FileInfo | undefined, other: Deno.FileInfo | undefined): boolean {

@@ -39,8 +39,8 @@ class Draining extends TcpServer {
     return this.#ending.promise;
   }
 
-  protected override endRequest(request: SocketStream, firstWord: boolean) {
-    super.endRequest(request, firstWord);
+  protected override endRequest(request: SocketStream, isLate: boolean) {
+    super.endRequest(request, isLate);
     this.#ending.resolve();
   }
 }
@@ -801,6 +801,100 @@ networkTest("the report counts the handlers that finished and those that were cu
     }
     const { finished, cut } = await server.shutdown({ grace: 200 });
     assertEquals([finished, cut.length], [2, 1]);
+  });
+});
+
+networkTest("shutdown() lets a message of several lines come to its end", async () => {
+  class Headers extends StreamRequestHandler {
+    override async handle() {
+      const headers: (string | null)[] = [];
+      for (let line; (line = await this.request.readLine()) !== "";) headers.push(line);
+      await this.request.send(`${headers.join("+")}\n`);
+    }
+  }
+  await withServer(new Draining({ port: 0 }, Headers), async (server, dial) => {
+    const client = await dial();
+    await client.send("one\n");
+    await until(() => server.stats.bytesRead === 4);
+    const down = server.shutdown();
+    await server.ending;
+    await client.send("two\n\n");
+    assertEquals(await client.readLine(), "one+two");
+    assertEquals((await down).cut, []);
+  });
+});
+
+Deno.test("shutdown() ends although accepting fails for good meanwhile", async () => {
+  const listener = new FakeListener([]);
+  class Faked extends TcpServer {
+    override listen(): Deno.NetAddr {
+      return this.adopt(listener, { transport: "tcp", hostname: "127.0.0.1", port: 1 });
+    }
+  }
+  const server = new Faked({ port: 0 }, Echo, { grace: Infinity });
+  const serving = rejectionOf(server.serveForever());
+  await listener.drained;
+  const down = server.shutdown();
+  listener.fail(new TypeError("a disaster"));
+  await down;
+  assertEquals((await serving).message, "a disaster");
+});
+
+networkTest("a client that comes after a handleRequest() that timed out is served by the shutdown", async () => {
+  const server = new TcpServer({ port: 0 }, Echo);
+  const { port } = server.listen();
+  await server.handleRequest({ timeout: 5 });
+  const client = await connect({ port });
+  await client.send("in time\n");
+  await server.shutdown();
+  assertEquals(await client.readLine(), "in time");
+  client.close();
+});
+
+networkTest("what a handler sent before it closed its stream counts to its request", async () => {
+  class Hasty extends StreamRequestHandler {
+    override async handle() {
+      await this.request.recv();
+      this.request.send("a".repeat(3_000_000));
+      this.request.close();
+    }
+  }
+  await withServer(new TcpServer({ port: 0 }, Hasty), async (server, dial) => {
+    const client = await dial();
+    await client.send("go\n");
+    assertEquals((await client.readExactly(3_000_000)).length, 3_000_000);
+    await until(() => server.stats.active === 0);
+    assertEquals(server.stats.bytesWritten, 3_000_000);
+  });
+});
+
+networkTest("serveForever() can be tried again after the address was in use", async () => {
+  const first = new TcpServer({ port: 0 }, Echo);
+  const { port } = first.listen();
+  const second = new TcpServer({ port }, Echo);
+  await assertRejects(() => second.serveForever(), Deno.errors.AddrInUse);
+  await first.shutdown();
+  const serving = second.serveForever();
+  (await connect({ port, retries: 3 })).close();
+  await second.shutdown();
+  await serving;
+});
+
+networkTest("a handler's signal is its own, so that its listeners end with it", async () => {
+  const signals = new Set<AbortSignal>();
+  class Signalled extends StreamRequestHandler {
+    override async handle() {
+      signals.add(this.signal);
+      assert(this.signal === this.signal);
+      await this.request.send("ready\n");
+      if (!this.signal.aborted) await new Promise((resolve) => this.signal.addEventListener("abort", resolve));
+    }
+  }
+  await withServer(new TcpServer({ port: 0 }, Signalled), async (server, dial) => {
+    for (const client of [await dial(), await dial()]) assertEquals(await client.readLine(), "ready");
+    assertEquals(signals.size, 2);
+    await server.shutdown();
+    for (const signal of signals) assert(signal.aborted);
   });
 });
 

@@ -108,6 +108,11 @@ export class FakeListener implements Deno.Listener {
     this.#pending?.reject(new Deno.errors.BadResource("Listener has been closed"));
   }
 
+  /** Ends the wait with an error. */
+  fail(error: Error): void {
+    this.#pending?.reject(error);
+  }
+
   ref(): void {}
   unref(): void {}
 
