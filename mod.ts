@@ -28,12 +28,16 @@
  *
  * ```text
  * BaseServer                  lifecycle, hooks, shutdown
- * └─ StreamServer             accepts connections, hands out SocketStreams
- *    ├─ TcpServer             { hostname, port }
- *    └─ UnixServer            { path }
+ * ├─ StreamServer             accepts connections, hands out SocketStreams
+ * │  ├─ TcpServer             { hostname, port }
+ * │  └─ UnixServer            { path }
+ * └─ DatagramServer           receives datagrams, hands out Datagrams
+ *    ├─ UdpServer             { hostname, port }
+ *    └─ UnixDatagramServer    { path }
  *
  * BaseRequestHandler          setup() → handle() → finish()
- * └─ StreamRequestHandler     this.request is a SocketStream
+ * ├─ StreamRequestHandler     this.request is a SocketStream
+ * └─ DatagramRequestHandler   this.request is a Datagram
  * ```
  *
  * Take `TcpServer` for the network and `UnixServer` for programs of the same
@@ -54,8 +58,8 @@
  * Then the server sends what is still buffered and closes the stream.
  *
  * Units are milliseconds and bytes. Everything is bounded: a line and a frame
- * by `limit`, buffered writes by `highWaterMark`. A promise of a stream that a
- * handler forgets to await never ends the process.
+ * by `limit`, buffered writes by `highWaterMark`. A promise of a stream's
+ * own methods that a handler forgets to await never ends the process.
  *
  * @module
  */
@@ -277,6 +281,25 @@ export interface ServerOptions extends StreamOptions {
   noDelay?: boolean;
 }
 
+/** What a {@linkcode DatagramServer} is told when it is made, besides its address. */
+export interface DatagramServerOptions {
+  /**
+   * Datagrams that are served at the same time, 1 or more; `Infinity` for no
+   * limit. Those that come while as many are served are dropped, and counted in
+   * {@linkcode ServerStats.dropped}.
+   *
+   * @default {1_000}
+   */
+  maxConcurrent?: number;
+  /**
+   * Milliseconds that {@linkcode BaseServer.shutdown} lets handlers finish before
+   * it gives them up; 0 gives them up at once, `Infinity` waits for ever.
+   *
+   * @default {10_000}
+   */
+  grace?: number;
+}
+
 /** How {@linkcode SocketStream.frames} and {@linkcode SocketStream.writeFrame} mark a record's length. */
 export interface FrameOptions {
   /**
@@ -353,6 +376,11 @@ const SERVER_DEFAULTS: Required<ServerOptions> = {
   noDelay: true,
 };
 
+const DATAGRAM_SERVER_DEFAULTS: Required<DatagramServerOptions> = {
+  maxConcurrent: 1_000,
+  grace: 10_000,
+};
+
 const DIAL_DEFAULTS: Omit<Required<DialOptions>, "signal"> = {
   ...STREAM_DEFAULTS,
   retries: 0,
@@ -371,6 +399,7 @@ const NUMBER_RULES: Record<string, "above 0" | "0 or more" | "whole, 1 or more" 
   limit: "whole, 1 or more",
   highWaterMark: "0 or more",
   maxConnections: "whole, 1 or more",
+  maxConcurrent: "whole, 1 or more",
   grace: "0 or more",
   retries: "whole, 0 or more",
   tcpBacklog: "whole, 1 or more",
@@ -836,7 +865,11 @@ class WriteQueue {
 
   flush(): Promise<void> {
     if (this.#failed) return rejection(this.#failure);
-    return this.idle ? DONE : this.#enqueue({ bytes: NO_BYTES });
+    if (this.idle) return DONE;
+    const last = this.#jobs.at(-1);
+    // Many flushes in a row are one.
+    if (last?.bytes.length === 0 && last.settled !== undefined && this.#blockLength === 0) return last.settled.promise;
+    return this.#enqueue({ bytes: NO_BYTES });
   }
 
   closeWrite(): Promise<void> {
@@ -2321,6 +2354,43 @@ export abstract class BaseRequestHandler<Request, Server extends { readonly sign
  */
 export abstract class StreamRequestHandler extends BaseRequestHandler<SocketStream, StreamServer> {}
 
+/**
+ * A handler of datagrams: `this.request` is a {@linkcode Datagram}.
+ *
+ * @example
+ * ```ts
+ * import { DatagramRequestHandler } from "@socketserver/socketserver";
+ *
+ * class Echo extends DatagramRequestHandler {
+ *   override async handle() {
+ *     await this.request.reply(this.request.data);
+ *   }
+ * }
+ * ```
+ */
+export abstract class DatagramRequestHandler extends BaseRequestHandler<Datagram, DatagramServer> {}
+
+/** The class of the handlers of a {@linkcode DatagramServer}. */
+export interface DatagramRequestHandlerClass {
+  /** Makes the handler of one datagram. */
+  new (
+    request: Datagram,
+    clientAddress: Deno.Addr,
+    server: DatagramServer,
+  ): BaseRequestHandler<Datagram, DatagramServer>;
+}
+
+/** Runs a handler's calls; if `handle()` and `finish()` both throw, the error is a `SuppressedError` of both. */
+async function runHandler(handler: Pick<StreamRequestHandler, "setup" | "handle" | "finish">): Promise<void> {
+  await handler.setup();
+  await using _finish = {
+    async [Symbol.asyncDispose]() {
+      await handler.finish();
+    },
+  };
+  await handler.handle();
+}
+
 /** The class of the handlers of a {@linkcode StreamServer}. */
 export interface StreamRequestHandlerClass {
   /** Makes the handler of one connection. */
@@ -2343,6 +2413,7 @@ export type AcceptFailure = "closed" | "peer" | "overload" | "fatal";
 /** accept(2): errors of the one connection that was to be accepted. */
 const PEER_CODES = new Set([
   "ECONNABORTED",
+  "ECONNREFUSED", // A datagram that was sent before met nobody.
   "ECONNRESET",
   "EHOSTDOWN",
   "EHOSTUNREACH",
@@ -2403,8 +2474,8 @@ const DRAIN_SETTLE_MS = 50;
 /** Milliseconds that a client which was just accepted has to say its first word when the server drains. */
 const DRAIN_FIRST_WORD_MS = 500;
 
-/** More reads than these in 50 ms, and some that are ready may not have had their turn: the runtime completes 128 a turn. */
-const BUSY_READS = 100;
+/** More reads than these between two looks, and what is ready may not have had its turn: the runtime completes 128 a turn. */
+const BUSY_READS = 64;
 
 /** Looks at a backlog that must all find it quiet; a busy event loop may come late to one of them. */
 const BACKLOG_LOOKS = 5;
@@ -2413,7 +2484,7 @@ const BACKLOG_LOOKS = 5;
 const BACKLOG_LOOK_MS = 10;
 
 /** Milliseconds of waiting after which what still comes has come too late, such as under a steady load. */
-const BACKLOG_PATIENCE_MS = 250;
+const BACKLOG_PATIENCE_MS = 500;
 
 /** Milliseconds that handlers which were cut off have to run their `finish()`. */
 const UNWIND_MS = 200;
@@ -2488,6 +2559,7 @@ class Backlog {
   readonly #emptied = Promise.withResolvers<void>();
   #isClosing = false;
   #isWaiting = false;
+  #waitingSince = 0;
   /** Milliseconds that may still be spent on waiting. */
   #patience = BACKLOG_PATIENCE_MS;
   #timer: ReturnType<typeof setTimeout> | undefined;
@@ -2495,21 +2567,25 @@ class Backlog {
   /** Resolves when there is nothing more to receive; to be called when the server stops. */
   emptied(): Promise<void> {
     this.#isClosing = true;
-    if (this.#isWaiting) this.#look();
+    if (this.#isWaiting) this.#startLooking();
     return this.#emptied.promise;
+  }
+
+  #startLooking(): void {
+    this.#waitingSince = performance.now();
+    this.#look();
   }
 
   /** Waits for `receive`, which is what may come from the kernel. */
   async during<T>(receive: Promise<T>): Promise<T> {
     this.#isWaiting = true;
-    const begun = performance.now();
-    if (this.#isClosing) this.#look();
+    if (this.#isClosing) this.#startLooking();
     try {
       return await receive;
     } finally {
       this.#isWaiting = false;
       clearTimeout(this.#timer);
-      if (this.#isClosing) this.#patience -= performance.now() - begun;
+      if (this.#isClosing) this.#patience -= performance.now() - this.#waitingSince;
     }
   }
 
@@ -2519,8 +2595,14 @@ class Backlog {
   }
 
   #look(looks = BACKLOG_LOOKS): void {
-    if (looks === 0 || this.#patience <= 0) return this.end();
-    this.#timer = setTimeout(() => this.#look(looks - 1), BACKLOG_LOOK_MS);
+    const spent = performance.now() - this.#waitingSince;
+    if (looks === 0 || spent > this.#patience) return this.end();
+    const reads = control.completedReads();
+    this.#timer = setTimeout(() => {
+      // Where streams are busy, accepting may not have had its turn.
+      const isBusy = control.completedReads() - reads > BUSY_READS;
+      this.#look(isBusy ? looks : looks - 1);
+    }, BACKLOG_LOOK_MS);
   }
 }
 
@@ -2570,6 +2652,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   #draining: Promise<ShutdownReport> | undefined;
   #change = Promise.withResolvers<void>();
   #context: ExchangeContext | undefined;
+  readonly #backlog = new Backlog();
   #awaitingShutdown = 0;
   #overloadedAt = -Infinity;
 
@@ -2860,11 +2943,6 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     return this.#isClosing;
   }
 
-  /** Aborts at the very beginning of a shutdown, before {@linkcode BaseServer.signal}. */
-  protected get stopSignal(): AbortSignal {
-    return this.#stopping.signal;
-  }
-
   /** The bound address, `undefined` before `listen()`. */
   protected get boundAddress(): Address | undefined {
     return this.#address;
@@ -2891,6 +2969,49 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   /** Resolves when fewer than `limit` requests are served, or the server is closed. */
   protected async belowLimit(limit: number): Promise<void> {
     while (this.isAtLimit(limit) && !this.#isClosed) await this.#change.promise;
+  }
+
+  /** What `receive` gives, again and again: no client's error ends it, and a shortage of descriptors or memory is waited out. */
+  protected async *takeIn<T>(receive: () => Promise<T>): AsyncGenerator<T, void> {
+    let wait = 0;
+    try {
+      while (true) {
+        let taken: T;
+        try {
+          taken = await receive();
+          wait = 0;
+        } catch (error) {
+          switch (acceptFailure(error)) {
+            case "closed":
+              return;
+            case "peer":
+              this.countIncident("lost");
+              continue;
+            case "overload":
+              this.noteOverload(error);
+              wait = Math.min(Math.max(wait * 2, OVERLOAD_WAIT_MIN_MS), OVERLOAD_WAIT_MAX_MS);
+              if (this.isShuttingDown) await this.#backlog.during(delay(OVERLOAD_WAIT_MIN_MS));
+              else await delay(wait, this.#stopping.signal);
+              continue;
+            case "fatal":
+              throw error;
+          }
+        }
+        yield taken;
+      }
+    } finally {
+      this.#backlog.end();
+    }
+  }
+
+  /** Waits for what may come from the kernel, so that `emptyBacklog()` knows of it. */
+  protected receiving<T>(received: Promise<T>): Promise<T> {
+    return this.#backlog.during(received);
+  }
+
+  /** Resolves when the kernel has nothing more to give; to be called when the server stops. */
+  protected emptyBacklog(): Promise<void> {
+    return this.#backlog.emptied();
   }
 
   /** Counts and reports that the system is exhausted; never throws. */
@@ -3097,9 +3218,8 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     await settledWithin(stopped, left());
     await this.stopListening(false);
     if (!await this.#drainedWithin(left())) await this.#cutRest();
-    clearInterval(ending);
     if (!this.#isClosed) this.#enter("closed");
-    this.#endWithin(left());
+    this.#endWithin(left()).finally(() => clearInterval(ending));
     return this.#reportOf(begun);
   }
 
@@ -3213,7 +3333,6 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   readonly #streamOptions: StreamOptions;
   #listener: Deno.Listener | undefined;
   #accepting: Promise<Deno.Conn> | undefined;
-  readonly #backlog = new Backlog();
 
   /**
    * Keeps the options; nothing is opened and no hook is called.
@@ -3256,34 +3375,11 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
    * client.close();
    * ```
    */
-  async *connections(): AsyncGenerator<Deno.Conn, void> {
-    let wait = 0;
-    while (this.#listener !== undefined) {
-      let conn: Deno.Conn;
-      try {
-        await this.belowLimit(this.#options.maxConnections);
-        conn = await this.#accept();
-        wait = 0;
-      } catch (error) {
-        switch (acceptFailure(error)) {
-          case "closed":
-            return this.#backlog.end();
-          case "peer":
-            this.countIncident("lost");
-            continue;
-          case "overload":
-            this.noteOverload(error);
-            wait = Math.min(Math.max(wait * 2, OVERLOAD_WAIT_MIN_MS), OVERLOAD_WAIT_MAX_MS);
-            if (this.isShuttingDown) await this.#backlog.during(delay(OVERLOAD_WAIT_MIN_MS));
-            else await delay(wait, this.stopSignal);
-            continue;
-          case "fatal":
-            this.#backlog.end();
-            throw error;
-        }
-      }
-      yield conn;
-    }
+  connections(): AsyncGenerator<Deno.Conn, void> {
+    return this.takeIn(async () => {
+      await this.belowLimit(this.#options.maxConnections);
+      return await this.#accept();
+    });
   }
 
   /**
@@ -3300,15 +3396,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
 
   /** Makes the handler and runs its `setup()`, `handle()` and `finish()`. */
   override async finishRequest(request: SocketStream, clientAddress: Deno.Addr): Promise<void> {
-    const handler = new this.#Handler(request, clientAddress, this);
-    await handler.setup();
-    // If both throw, the error is a SuppressedError of both.
-    await using _finish = {
-      async [Symbol.asyncDispose]() {
-        await handler.finish();
-      },
-    };
-    await handler.handle();
+    await runHandler(new this.#Handler(request, clientAddress, this));
   }
 
   /** To be called by `listen()`: takes over the listener that it opened. */
@@ -3337,7 +3425,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   /** Stops listening. */
   protected override async stopListening(backlog: boolean): Promise<void> {
     if (this.#listener === undefined) return;
-    if (backlog) await this.#backlog.emptied();
+    if (backlog) await this.emptyBacklog();
     const listener = this.#listener;
     this.#listener = undefined;
     if (listener !== undefined) await this.closeListener(listener);
@@ -3380,7 +3468,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     if (this.#listener === undefined) throw new Deno.errors.BadResource("Listener has been closed");
     this.#accepting = this.#listener.accept();
     try {
-      return await this.#backlog.during(this.#accepting);
+      return await this.receiving(this.#accepting);
     } finally {
       this.#accepting = undefined;
     }
@@ -3462,16 +3550,9 @@ export class TcpServer extends StreamServer<Deno.NetAddr> {
   override listen(): Deno.NetAddr {
     this.checkOpen();
     if (this.boundAddress !== undefined) return this.boundAddress;
-    const listener = this.#open();
+    const wanted = { transport: "tcp", ...this.#wanted } as const;
+    const listener = tryToListen(wanted, () => Deno.listen(wanted));
     return this.adopt(listener, listener.addr);
-  }
-
-  #open(): Deno.TcpListener {
-    try {
-      return Deno.listen({ transport: "tcp", ...this.#wanted });
-    } catch (error) {
-      throw listenError(error, { transport: "tcp", ...this.#wanted });
-    }
   }
 }
 
@@ -3624,6 +3705,14 @@ class SocketFile {
   }
 }
 
+function tryToListen<Socket>(address: Deno.Addr, open: () => Socket): Socket {
+  try {
+    return open();
+  } catch (error) {
+    throw error instanceof TypeError ? error : listenError(error, address);
+  }
+}
+
 function listenError(error: unknown, address: Deno.Addr): Error {
   if (errorCode(error) === "ENOENT") {
     return restate(error, `Cannot listen on ${formatAddress(address)}: its folder does not exist; make it first`);
@@ -3648,4 +3737,575 @@ function restoreLink(aside: string, path: string): void {
 
 function isSameFile(file: Deno.FileInfo | undefined, other: Deno.FileInfo | undefined): boolean {
   return file !== undefined && other !== undefined && file.ino === other.ino && file.dev === other.dev;
+}
+
+// --- Datagram servers -------------------------------------------------------
+
+/** A datagram has 65,507 bytes at most over IPv4 and 65,527 over IPv6, so that one that fills this was cut. */
+const DATAGRAM_BUFFER_BYTES = 65_536;
+
+/** Milliseconds that a reply may wait for a Unix client whose queue is full. */
+const REPLY_TIMEOUT_MS = 1_000;
+
+/** The part of the runtime's datagram socket that a {@linkcode DatagramServer} needs. Its type, as `Deno.listenDatagram`, exists with `--unstable-net` only. */
+export interface DatagramSocket {
+  /** The bound address. */
+  readonly addr: Deno.Addr;
+  /** Receives into `into`; resolves to the part that was filled, and the sender. */
+  receive(into: Uint8Array): Promise<[Uint8Array, Deno.Addr]>;
+  /** Sends one datagram. */
+  send(data: Uint8Array, to: Deno.Addr): Promise<number>;
+  /** Closes the socket; what waits rejects. */
+  close(): void;
+}
+
+type DatagramAddress =
+  | { transport: "udp"; hostname: string; port: number }
+  | { transport: "unixpacket"; path?: string };
+
+function openDatagramSocket(address: DatagramAddress): DatagramSocket {
+  const runtime: object = Deno;
+  if (!hasDatagrams(runtime)) {
+    throw new TypeError("Cannot open a datagram socket: Deno has them behind a flag; run again with --unstable-net");
+  }
+  return runtime.listenDatagram(address);
+}
+
+function hasDatagrams(runtime: object): runtime is { listenDatagram(address: DatagramAddress): DatagramSocket } {
+  return "listenDatagram" in runtime && typeof runtime.listenDatagram === "function";
+}
+
+/** One datagram that has arrived, and the way back. */
+export class Datagram {
+  /** The bytes, which are the handler's to keep. There may be none. */
+  readonly data: Uint8Array<ArrayBuffer>;
+  /** Who sent it. */
+  readonly clientAddress: Deno.Addr;
+  readonly #send: (data: Uint8Array, to: Deno.Addr) => Promise<unknown>;
+  #bytesWritten = 0;
+
+  /**
+   * Made by the server; a test makes its own.
+   *
+   * @param data The bytes.
+   * @param clientAddress Who sent it.
+   * @param send What sends a reply.
+   *
+   * @example Testing a handler without a network
+   * ```ts
+   * import { Datagram, DatagramRequestHandler, UdpServer } from "@socketserver/socketserver";
+   * import { assertEquals } from "@std/assert";
+   *
+   * class Twice extends DatagramRequestHandler {
+   *   override async handle() {
+   *     await this.request.reply(new Uint8Array([...this.request.data, ...this.request.data]));
+   *   }
+   * }
+   *
+   * const sent: Uint8Array[] = [];
+   * const client = { transport: "udp", hostname: "127.0.0.1", port: 1 } as const;
+   * const request = new Datagram(new Uint8Array([7]), client, (data) => Promise.resolve(sent.push(data)));
+   * await new UdpServer({ port: 0 }, Twice).finishRequest(request, client);
+   * assertEquals(sent, [new Uint8Array([7, 7])]);
+   * ```
+   */
+  constructor(
+    data: Uint8Array<ArrayBuffer>,
+    clientAddress: Deno.Addr,
+    send: (data: Uint8Array, to: Deno.Addr) => Promise<unknown>,
+  ) {
+    this.data = data;
+    this.clientAddress = clientAddress;
+    this.#send = send;
+  }
+
+  /** Bytes that have arrived. */
+  get bytesRead(): number {
+    return this.data.length;
+  }
+
+  /** Bytes that were sent back. */
+  get bytesWritten(): number {
+    return this.#bytesWritten;
+  }
+
+  /**
+   * Sends a datagram back to the client. Whether it arrives, nobody tells.
+   *
+   * @param data Bytes, or text that is sent as UTF-8; 65,507 bytes at most.
+   * @returns Resolves once the kernel has it.
+   * @throws {Deno.errors.BadResource} If the server is closed.
+   * @throws {Deno.errors.TimedOut} If a Unix client took nothing for a second.
+   * @throws {Error} If the data is too long, or the client has no address.
+   */
+  reply(data: Uint8Array | string): Promise<void> {
+    return forgettable(this.#reply(typeof data === "string" ? encoder.encode(data) : data));
+  }
+
+  async #reply(bytes: Uint8Array): Promise<void> {
+    try {
+      await this.#send(bytes, this.clientAddress);
+      this.#bytesWritten += bytes.length;
+    } catch (error) {
+      const client = formatAddress(this.clientAddress);
+      throw restate(error, `Cannot reply with ${bytes.length} bytes to ${client}: ${messageOf(error)}`);
+    }
+  }
+}
+
+/**
+ * A server of datagrams: each that arrives is a request of its own, with a
+ * handler of its own, served side by side up to `maxConcurrent`. It needs
+ * `--unstable-net`.
+ *
+ * @typeParam Address The kind of address that the server has.
+ */
+export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr> extends BaseServer<Datagram, Address> {
+  readonly #Handler: DatagramRequestHandlerClass;
+  readonly #maxConcurrent: number;
+  readonly #buffer = new Uint8Array(DATAGRAM_BUFFER_BYTES);
+  #socket: DatagramSocket | undefined;
+  #receiving: Promise<unknown> | undefined;
+  readonly #send = async (data: Uint8Array, to: Deno.Addr): Promise<void> => {
+    if (this.#socket === undefined) throw new Deno.errors.BadResource("the server is closed");
+    await this.#socket.send(data, to);
+  };
+
+  /**
+   * Keeps the options; nothing is opened and no hook is called.
+   *
+   * @param Handler The class whose objects serve the datagrams.
+   * @param options Limits.
+   */
+  protected constructor(Handler: DatagramRequestHandlerClass, options: DatagramServerOptions) {
+    const { maxConcurrent, grace } = resolveOptions(DATAGRAM_SERVER_DEFAULTS, options);
+    super(grace);
+    this.#Handler = Handler;
+    this.#maxConcurrent = maxConcurrent;
+  }
+
+  /** Makes the handler and runs its `setup()`, `handle()` and `finish()`. */
+  override async finishRequest(request: Datagram, clientAddress: Deno.Addr): Promise<void> {
+    await runHandler(new this.#Handler(request, clientAddress, this));
+  }
+
+  /** To be called by `listen()`: takes over the socket that it opened. */
+  protected adopt(socket: DatagramSocket, address: Address): Address {
+    if (!this.noteListening(address)) {
+      closeQuietly(socket);
+      this.checkOpen();
+    }
+    this.#socket = socket;
+    return address;
+  }
+
+  /** The datagrams as they come. */
+  protected override async *acceptRequests(): AsyncGenerator<Datagram, void> {
+    for await (const datagram of this.takeIn(() => this.#receive())) {
+      if (datagram === undefined) this.countIncident("lost");
+      else if (this.isAtLimit(this.#maxConcurrent)) this.countIncident("dropped");
+      else yield datagram;
+    }
+  }
+
+  /** The next datagram; `undefined` for one that may have been cut, as it fills the buffer. */
+  async #receive(): Promise<Datagram | undefined> {
+    if (this.#socket === undefined) throw new Deno.errors.BadResource("The socket is closed");
+    const receiving = this.#socket.receive(this.#buffer);
+    this.#receiving = receiving;
+    const [{ length }, clientAddress] = await this.receiving(receiving);
+    if (length === DATAGRAM_BUFFER_BYTES) return undefined;
+    return new Datagram(this.#buffer.slice(0, length), clientAddress, this.#send);
+  }
+
+  /** Stops receiving. Replies of handlers that still run are sent until the socket is closed, at the end. */
+  protected override async stopListening(backlog: boolean): Promise<void> {
+    if (this.#socket === undefined) return;
+    if (backlog) {
+      await this.emptyBacklog();
+      await this.belowLimit(1); // Their replies go out by the same socket.
+    }
+    const socket = this.#socket;
+    this.#socket = undefined;
+    if (socket !== undefined) await this.closeSocket(socket);
+  }
+
+  /** Closes the socket; its address is free when this resolves. */
+  protected async closeSocket(socket: DatagramSocket): Promise<void> {
+    closeQuietly(socket);
+    await this.#receiving?.catch(ignore);
+  }
+
+  /** The sender. */
+  protected override clientAddressOf(request: Datagram): Deno.Addr {
+    return request.clientAddress;
+  }
+
+  /** The datagram's own counts. */
+  protected override trafficOf(request: Datagram): Datagram {
+    return request;
+  }
+
+  /** A datagram has no second message to wait for. */
+  protected override endRequest(): void {}
+
+  /** A datagram has nothing to close. */
+  protected override closeRequest(): Promise<void> {
+    return DONE;
+  }
+
+  /** A handler that waits for something else cannot be cut off; its reply will reject. */
+  protected override cutRequest(): void {}
+}
+
+/** Where a {@linkcode UdpServer} listens. */
+export interface UdpServerAddress {
+  /**
+   * The address of an interface, or a name that resolves to one.
+   *
+   * @default {"127.0.0.1"}
+   */
+  hostname?: string;
+  /** The port, from 1 to 65535; 0 takes a free one. */
+  port: number;
+}
+
+/**
+ * A UDP server: Python's `ThreadingUDPServer`, and with `maxConcurrent: 1` its
+ * `UDPServer`, which however drops what comes while it is busy. It needs
+ * `--unstable-net`.
+ *
+ * @example
+ * ```ts
+ * import { DatagramClient, DatagramRequestHandler, UdpServer } from "@socketserver/socketserver";
+ * import { assertEquals } from "@std/assert";
+ *
+ * class Echo extends DatagramRequestHandler {
+ *   override async handle() {
+ *     await this.request.reply(this.request.data);
+ *   }
+ * }
+ *
+ * await using server = new UdpServer({ port: 0 }, Echo);
+ * const { port } = server.listen();
+ * server.serveForever();
+ * using client = new DatagramClient({ port, timeout: 5_000 });
+ * await client.send("hello");
+ * assertEquals(new TextDecoder().decode(await client.recv()), "hello");
+ * ```
+ */
+export class UdpServer extends DatagramServer<Deno.NetAddr> {
+  readonly #wanted: Required<UdpServerAddress>;
+
+  /**
+   * Makes a server; nothing is opened yet.
+   *
+   * @param address Where to listen.
+   * @param Handler The class whose objects serve the datagrams.
+   * @param options Limits.
+   * @throws {RangeError} If a number is out of its range.
+   * @throws {TypeError} If an option does not exist.
+   */
+  constructor(address: UdpServerAddress, Handler: DatagramRequestHandlerClass, options: DatagramServerOptions = {}) {
+    super(Handler, options);
+    this.#wanted = resolveOptions({ hostname: "127.0.0.1", port: 0 }, address);
+    checkHostname(this.#wanted.hostname);
+    checkPort(address.port);
+  }
+
+  /** Binds the port; see {@linkcode BaseServer.listen}. */
+  override listen(): Deno.NetAddr {
+    this.checkOpen();
+    if (this.boundAddress !== undefined) return this.boundAddress;
+    const wanted = { transport: "udp", ...this.#wanted } as const;
+    const socket = tryToListen(wanted, () => openDatagramSocket(wanted));
+    const { addr } = socket;
+    return this.adopt(socket, addr.transport === "udp" ? addr : wanted);
+  }
+}
+
+/**
+ * A server of Unix datagrams: Python's `ThreadingUnixDatagramServer`. A client
+ * that wants an answer binds its socket to a path of its own. The socket file is
+ * treated as {@linkcode UnixServer} treats its own. It needs `--unstable-net`,
+ * `--allow-read` and `--allow-write` of its path and of its clients' paths.
+ *
+ * @example
+ * ```ts
+ * import { DatagramClient, DatagramRequestHandler, UnixDatagramServer } from "@socketserver/socketserver";
+ * import { assertEquals } from "@std/assert";
+ *
+ * class Echo extends DatagramRequestHandler {
+ *   override async handle() {
+ *     await this.request.reply(this.request.data);
+ *   }
+ * }
+ *
+ * const folder = await Deno.makeTempDir();
+ * await using server = new UnixDatagramServer({ path: `${folder}/server.sock` }, Echo);
+ * await server.listen();
+ * server.serveForever();
+ * using client = new DatagramClient({ path: `${folder}/server.sock`, localPath: `${folder}/client.sock` });
+ * await client.send("hello");
+ * assertEquals(new TextDecoder().decode(await client.recv()), "hello");
+ * ```
+ */
+export class UnixDatagramServer extends DatagramServer<Deno.UnixAddr> {
+  readonly #file: SocketFile;
+  #binding: Promise<Deno.UnixAddr> | undefined;
+
+  /**
+   * Makes a server; nothing is opened yet.
+   *
+   * @param address Where to listen.
+   * @param Handler The class whose objects serve the datagrams.
+   * @param options Limits.
+   * @throws {RangeError} If a number is out of its range.
+   * @throws {TypeError} If an option does not exist, or the path is empty.
+   */
+  constructor(address: UnixServerAddress, Handler: DatagramRequestHandlerClass, options: DatagramServerOptions = {}) {
+    super(Handler, options);
+    this.#file = new SocketFile(address);
+  }
+
+  /** Makes the socket file; see {@linkcode UnixServer.listen}. */
+  override listen(): Promise<Deno.UnixAddr> {
+    return this.#binding ??= this.#bind();
+  }
+
+  async #bind(): Promise<Deno.UnixAddr> {
+    const address = { transport: "unixpacket", path: this.#file.path } as const;
+    try {
+      this.checkOpen();
+      const socket = await this.#file.bind(() => openDatagramSocket(address));
+      return this.adopt(new UnixDatagramSocket(socket, address), address);
+    } catch (error) {
+      this.#binding = undefined;
+      throw error instanceof TypeError ? error : listenError(error, address);
+    }
+  }
+
+  /** Closes the socket and removes its file. */
+  protected override async closeSocket(socket: DatagramSocket): Promise<void> {
+    await this.#file.unbind(() => super.closeSocket(socket));
+  }
+}
+
+/**
+ * A bound Unix datagram socket that can send while it receives, which the
+ * runtime's cannot ("Socket already in use").
+ *
+ * A reply is sent by a second socket, so that a client that does not read holds
+ * up nobody else. A client that has connected its socket takes datagrams from the
+ * bound socket only: for it the pending receive is ended by a datagram to
+ * ourselves, and the bound socket sends.
+ */
+class UnixDatagramSocket implements DatagramSocket {
+  readonly addr: Deno.UnixAddr;
+  readonly #socket: DatagramSocket;
+  /** What a datagram to ourselves says. */
+  readonly #wakeUp: Uint8Array = encoder.encode(crypto.randomUUID());
+  #isReceiving = false;
+  /** What the bound socket has to send before it receives again. */
+  readonly #replies: (() => Promise<void>)[] = [];
+  #sending: Promise<void> = DONE;
+
+  constructor(socket: DatagramSocket, addr: Deno.UnixAddr) {
+    this.#socket = socket;
+    this.addr = addr;
+  }
+
+  async receive(into: Uint8Array): Promise<[Uint8Array, Deno.Addr]> {
+    while (true) {
+      await this.#sendReplies();
+      this.#isReceiving = true;
+      try {
+        const [data, from] = await this.#socket.receive(into);
+        if (!this.#isWakeUp(data)) return [data, from];
+      } finally {
+        this.#isReceiving = false;
+      }
+    }
+  }
+
+  async send(data: Uint8Array, to: Deno.Addr): Promise<number> {
+    if (!("path" in to) || !to.path) {
+      throw new TypeError("the client has bound its socket to no path, so it cannot be answered");
+    }
+    try {
+      return await sendFromNowhere(data, to);
+    } catch (error) {
+      if (errorCode(error) !== "EPERM") throw error;
+      return await this.#sendFromHere(data, to);
+    }
+  }
+
+  close(): void {
+    this.#socket.close();
+  }
+
+  /** Only we know the identifier, so nobody else can send it. */
+  #isWakeUp(data: Uint8Array): boolean {
+    return data.length === this.#wakeUp.length && data.every((byte, index) => byte === this.#wakeUp[index]);
+  }
+
+  async #sendFromHere(data: Uint8Array, to: Deno.Addr): Promise<number> {
+    const { promise, resolve, reject } = Promise.withResolvers<number>();
+    this.#replies.push(() => this.#socket.send(data, to).then(resolve, reject));
+    if (this.#isReceiving) await sendFromNowhere(this.#wakeUp, this.addr);
+    else await this.#sendReplies();
+    return await promise;
+  }
+
+  /** One after the other, as the runtime takes one at a time. */
+  #sendReplies(): Promise<void> {
+    if (this.#replies.length === 0) return this.#sending;
+    const replies = this.#replies.splice(0);
+    this.#sending = this.#sending.then(async () => {
+      for (const reply of replies) await reply();
+    });
+    return this.#sending;
+  }
+}
+
+/** Sends from a socket without a path, which is closed when the peer does not take it in time. */
+async function sendFromNowhere(data: Uint8Array, to: Deno.Addr): Promise<number> {
+  const socket = openDatagramSocket({ transport: "unixpacket" });
+  let isLate = false;
+  const timer = setTimeout(() => {
+    isLate = true;
+    closeQuietly(socket);
+  }, REPLY_TIMEOUT_MS);
+  try {
+    return await socket.send(data, to);
+  } catch (error) {
+    if (isLate) throw new Deno.errors.TimedOut(`the client took nothing for ${REPLY_TIMEOUT_MS} ms`);
+    throw error;
+  } finally {
+    clearTimeout(timer);
+    closeQuietly(socket);
+  }
+}
+
+/** Where a {@linkcode DatagramClient} sends to. */
+export type DatagramClientOptions =
+  & {
+    /**
+     * Milliseconds that {@linkcode DatagramClient.recv} waits; above 0, `Infinity`
+     * for ever.
+     *
+     * @default {Infinity}
+     */
+    timeout?: number;
+  }
+  & ({
+    /**
+     * The server's name or address.
+     *
+     * @default {"127.0.0.1"}
+     */
+    hostname?: string;
+    /** The server's port. */
+    port: number;
+  } | {
+    /** The path of the server's socket. */
+    path: string;
+    /** The path of the client's own socket, which is made, and removed at the end. */
+    localPath: string;
+  });
+
+/**
+ * The other end of a {@linkcode DatagramServer}: it sends to one server, and takes
+ * what comes from there. It needs `--unstable-net`.
+ *
+ * @example
+ * ```ts
+ * import { DatagramClient } from "@socketserver/socketserver";
+ *
+ * using client = new DatagramClient({ port: 9 });
+ * await client.send("nobody may be there, and nobody tells");
+ * ```
+ */
+export class DatagramClient implements Disposable {
+  readonly #socket: DatagramSocket;
+  readonly #server: Deno.Addr;
+  readonly #localPath: string | undefined;
+  readonly #timeout: number;
+  readonly #buffer = new Uint8Array(DATAGRAM_BUFFER_BYTES);
+  /** A receive cannot be cancelled, so it may outlive the call that began it. */
+  #receiving: Promise<[Uint8Array, Deno.Addr]> | undefined;
+
+  /**
+   * Opens a socket.
+   *
+   * @param options Where to: `{ hostname, port }` or `{ path, localPath }`; and `timeout`.
+   * @throws {RangeError} If a number is out of its range.
+   * @throws {Deno.errors.NotCapable} If a permission is missing.
+   * @throws {TypeError} If Deno runs without `--unstable-net`.
+   */
+  constructor(options: DatagramClientOptions) {
+    const { timeout = Infinity } = options;
+    checkNumber("timeout", timeout);
+    this.#timeout = timeout;
+    if ("path" in options) {
+      this.#server = { transport: "unixpacket", path: options.path };
+      this.#localPath = options.localPath;
+      this.#socket = openDatagramSocket({ transport: "unixpacket", path: options.localPath });
+    } else {
+      const { hostname = "127.0.0.1", port } = options;
+      checkHostname(hostname);
+      checkPort(port);
+      this.#server = { transport: "udp", hostname, port };
+      this.#socket = openDatagramSocket({
+        transport: "udp",
+        hostname: hostname.includes(":") ? "::" : "0.0.0.0",
+        port: 0,
+      });
+    }
+  }
+
+  /**
+   * Sends a datagram.
+   *
+   * @param data Bytes, or text that is sent as UTF-8; 65,507 bytes at most.
+   * @returns Resolves once the kernel has it; whether it arrives, nobody tells.
+   */
+  async send(data: Uint8Array | string): Promise<void> {
+    const bytes = typeof data === "string" ? encoder.encode(data) : data;
+    try {
+      await this.#socket.send(bytes, this.#server);
+    } catch (error) {
+      const server = formatAddress(this.#server);
+      throw restate(error, `Cannot send ${bytes.length} bytes to ${server}: ${explain(error, this.#server)}`);
+    }
+  }
+
+  /**
+   * Receives the next datagram. One call waits at a time.
+   *
+   * @returns Resolves to its bytes, which are the caller's.
+   * @throws {Deno.errors.TimedOut} If none came within `timeout`; one that comes
+   * later answers the next call.
+   */
+  async recv(): Promise<Uint8Array<ArrayBuffer>> {
+    this.#receiving ??= this.#socket.receive(this.#buffer);
+    const received = await settledWithin(this.#receiving, this.#timeout);
+    if (received === undefined) {
+      throw new Deno.errors.TimedOut(`No answer came from ${formatAddress(this.#server)} within ${this.#timeout} ms`);
+    }
+    this.#receiving = undefined;
+    return received[0].slice();
+  }
+
+  /** Closes the socket; what waits rejects. */
+  close(): void {
+    this.#receiving?.catch(ignore);
+    closeQuietly(this.#socket);
+    if (this.#localPath !== undefined && fileAt(this.#localPath)?.isSocket) Deno.removeSync(this.#localPath);
+  }
+
+  /** Closes the socket. */
+  [Symbol.dispose](): void {
+    this.close();
+  }
 }
