@@ -2380,15 +2380,28 @@ export interface DatagramRequestHandlerClass {
   ): BaseRequestHandler<Datagram, DatagramServer>;
 }
 
-/** Runs a handler's calls; if `handle()` and `finish()` both throw, the error is a `SuppressedError` of both. */
-async function runHandler(handler: Pick<StreamRequestHandler, "setup" | "handle" | "finish">): Promise<void> {
-  await handler.setup();
-  await using _finish = {
-    async [Symbol.asyncDispose]() {
-      await handler.finish();
-    },
-  };
-  await handler.handle();
+type HandlerCalls = Pick<StreamRequestHandler, "setup" | "handle" | "finish">;
+
+/** Runs a handler's calls. What returns no promise is not waited for: a turn of the queue costs as much as a small handler. */
+async function runHandler(handler: HandlerCalls): Promise<void> {
+  const preparing = handler.setup();
+  if (preparing !== undefined) await preparing;
+  try {
+    await handler.handle();
+  } catch (error) {
+    return await failAndFinish(handler, error);
+  }
+  const finishing = handler.finish();
+  if (finishing !== undefined) await finishing;
+}
+
+async function failAndFinish(handler: HandlerCalls, error: unknown): Promise<never> {
+  try {
+    await handler.finish();
+  } catch (second) {
+    throw new SuppressedError(second, error, "Both handle() and finish() have thrown");
+  }
+  throw error;
 }
 
 /** The class of the handlers of a {@linkcode StreamServer}. */
@@ -2576,17 +2589,18 @@ class Backlog {
     this.#look();
   }
 
-  /** Waits for `receive`, which is what may come from the kernel. */
-  async during<T>(receive: Promise<T>): Promise<T> {
+  /** Something is received from the kernel, if it has anything. */
+  startWaiting(): void {
     this.#isWaiting = true;
     if (this.#isClosing) this.#startLooking();
-    try {
-      return await receive;
-    } finally {
-      this.#isWaiting = false;
-      clearTimeout(this.#timer);
-      if (this.#isClosing) this.#patience -= performance.now() - this.#waitingSince;
-    }
+  }
+
+  /** It has come. */
+  stopWaiting(): void {
+    this.#isWaiting = false;
+    if (!this.#isClosing) return;
+    clearTimeout(this.#timer);
+    this.#patience -= performance.now() - this.#waitingSince;
   }
 
   /** Nothing will be received any more. */
@@ -2650,7 +2664,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   #next: { readonly promise: Promise<IteratorResult<Request, void>>; hasArrived: boolean } | undefined;
   #handlingOne = false;
   #draining: Promise<ShutdownReport> | undefined;
-  #change = Promise.withResolvers<void>();
+  #change: PromiseWithResolvers<void> | undefined;
   #context: ExchangeContext | undefined;
   readonly #backlog = new Backlog();
   #awaitingShutdown = 0;
@@ -2688,7 +2702,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   /** Ends `request` if its client has nothing under way; one that has not spoken yet, or waits for an answer, only with `isLate`. */
   protected abstract endRequest(request: Request, isLate: boolean): void;
   /** Ends `request` in good order: what is buffered is sent. Never rejects. */
-  protected abstract closeRequest(request: Request): Promise<void>;
+  protected abstract closeRequest(request: Request): Promise<void> | undefined;
   /** Ends `request` now; what its handler waits for rejects with `error`. */
   protected abstract cutRequest(request: Request, error: Error): void;
 
@@ -2890,8 +2904,8 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
    * @param clientAddress Who sent it.
    * @returns Settles when the request is over.
    */
-  async processRequest(request: Request, clientAddress: Deno.Addr): Promise<void> {
-    await this.finishRequest(request, clientAddress);
+  processRequest(request: Request, clientAddress: Deno.Addr): Promise<void> {
+    return this.finishRequest(request, clientAddress);
   }
 
   /**
@@ -2968,7 +2982,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
 
   /** Resolves when fewer than `limit` requests are served, or the server is closed. */
   protected async belowLimit(limit: number): Promise<void> {
-    while (this.isAtLimit(limit) && !this.#isClosed) await this.#change.promise;
+    while (this.isAtLimit(limit) && !this.#isClosed) await this.#changed();
   }
 
   /** What `receive` gives, again and again: no client's error ends it, and a shortage of descriptors or memory is waited out. */
@@ -2981,6 +2995,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
           taken = await receive();
           wait = 0;
         } catch (error) {
+          this.#backlog.stopWaiting();
           switch (acceptFailure(error)) {
             case "closed":
               return;
@@ -2990,13 +3005,13 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
             case "overload":
               this.noteOverload(error);
               wait = Math.min(Math.max(wait * 2, OVERLOAD_WAIT_MIN_MS), OVERLOAD_WAIT_MAX_MS);
-              if (this.isShuttingDown) await this.#backlog.during(delay(OVERLOAD_WAIT_MIN_MS));
-              else await delay(wait, this.#stopping.signal);
+              await this.#waitOut(wait);
               continue;
             case "fatal":
               throw error;
           }
         }
+        this.#backlog.stopWaiting();
         yield taken;
       }
     } finally {
@@ -3004,9 +3019,16 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     }
   }
 
-  /** Waits for what may come from the kernel, so that `emptyBacklog()` knows of it. */
+  async #waitOut(ms: number): Promise<void> {
+    if (!this.isShuttingDown) return await delay(ms, this.#stopping.signal);
+    await this.receiving(delay(OVERLOAD_WAIT_MIN_MS));
+    this.#backlog.stopWaiting();
+  }
+
+  /** Marks `received` as what comes from the kernel, if anything does. */
   protected receiving<T>(received: Promise<T>): Promise<T> {
-    return this.#backlog.during(received);
+    this.#backlog.startWaiting();
+    return received;
   }
 
   /** Resolves when the kernel has nothing more to give; to be called when the server stops. */
@@ -3156,12 +3178,14 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   async #serveExchange(exchange: Exchange<Request>): Promise<void> {
     const { request, clientAddress } = exchange;
     try {
-      if (await this.verifyRequest(request, clientAddress)) await this.processRequest(request, clientAddress);
+      const verified = this.verifyRequest(request, clientAddress);
+      if (verified === true || await verified) await this.processRequest(request, clientAddress);
       else this.#counts.rejected++;
     } catch (error) {
       await this.reportError(error, clientAddress);
     } finally {
-      await this.closeRequest(request);
+      const closing = this.closeRequest(request);
+      if (closing !== undefined) await closing;
       this.#untrack(exchange);
     }
   }
@@ -3185,10 +3209,16 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     sum.bytesWritten += bytesWritten;
   }
 
+  /** Resolves when something has changed; there is a promise only if somebody waits. */
+  #changed(): Promise<void> {
+    this.#change ??= Promise.withResolvers();
+    return this.#change.promise;
+  }
+
   /** Wakes those who wait for something to change. */
   #wake(): void {
-    this.#change.resolve();
-    this.#change = Promise.withResolvers();
+    this.#change?.resolve();
+    this.#change = undefined;
   }
 
   /** How a request with this error is counted; `undefined` if the server itself has cut it off. */
@@ -3269,7 +3299,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
       expired.abort();
       this.#wake();
     }, Math.min(ms, MAX_TIMER_MS));
-    while (!condition() && !expired.signal.aborted) await this.#change.promise;
+    while (!condition() && !expired.signal.aborted) await this.#changed();
     clearTimeout(timer);
     return condition();
   }
@@ -3395,8 +3425,8 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   }
 
   /** Makes the handler and runs its `setup()`, `handle()` and `finish()`. */
-  override async finishRequest(request: SocketStream, clientAddress: Deno.Addr): Promise<void> {
-    await runHandler(new this.#Handler(request, clientAddress, this));
+  override finishRequest(request: SocketStream, clientAddress: Deno.Addr): Promise<void> {
+    return runHandler(new this.#Handler(request, clientAddress, this));
   }
 
   /** To be called by `listen()`: takes over the listener that it opened. */
@@ -3464,14 +3494,10 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     control.cut(request, error);
   }
 
-  async #accept(): Promise<Deno.Conn> {
+  #accept(): Promise<Deno.Conn> {
     if (this.#listener === undefined) throw new Deno.errors.BadResource("Listener has been closed");
-    this.#accepting = this.#listener.accept();
-    try {
-      return await this.receiving(this.#accepting);
-    } finally {
-      this.#accepting = undefined;
-    }
+    this.#accepting = this.receiving(this.#listener.accept());
+    return this.#accepting;
   }
 }
 
@@ -3865,7 +3891,7 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr> exte
   readonly #maxConcurrent: number;
   readonly #buffer = new Uint8Array(DATAGRAM_BUFFER_BYTES);
   #socket: DatagramSocket | undefined;
-  #receiving: Promise<unknown> | undefined;
+  #receiving: Promise<[Uint8Array, Deno.Addr]> | undefined;
   readonly #send = async (data: Uint8Array, to: Deno.Addr): Promise<void> => {
     if (this.#socket === undefined) throw new Deno.errors.BadResource("the server is closed");
     await this.#socket.send(data, to);
@@ -3885,8 +3911,8 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr> exte
   }
 
   /** Makes the handler and runs its `setup()`, `handle()` and `finish()`. */
-  override async finishRequest(request: Datagram, clientAddress: Deno.Addr): Promise<void> {
-    await runHandler(new this.#Handler(request, clientAddress, this));
+  override finishRequest(request: Datagram, clientAddress: Deno.Addr): Promise<void> {
+    return runHandler(new this.#Handler(request, clientAddress, this));
   }
 
   /** To be called by `listen()`: takes over the socket that it opened. */
@@ -3901,21 +3927,18 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr> exte
 
   /** The datagrams as they come. */
   protected override async *acceptRequests(): AsyncGenerator<Datagram, void> {
-    for await (const datagram of this.takeIn(() => this.#receive())) {
-      if (datagram === undefined) this.countIncident("lost");
+    for await (const [{ length }, clientAddress] of this.takeIn(() => this.#receive())) {
+      // One that fills the buffer may have been cut.
+      if (length === DATAGRAM_BUFFER_BYTES) this.countIncident("lost");
       else if (this.isAtLimit(this.#maxConcurrent)) this.countIncident("dropped");
-      else yield datagram;
+      else yield new Datagram(this.#buffer.slice(0, length), clientAddress, this.#send);
     }
   }
 
-  /** The next datagram; `undefined` for one that may have been cut, as it fills the buffer. */
-  async #receive(): Promise<Datagram | undefined> {
+  #receive(): Promise<[Uint8Array, Deno.Addr]> {
     if (this.#socket === undefined) throw new Deno.errors.BadResource("The socket is closed");
-    const receiving = this.#socket.receive(this.#buffer);
-    this.#receiving = receiving;
-    const [{ length }, clientAddress] = await this.receiving(receiving);
-    if (length === DATAGRAM_BUFFER_BYTES) return undefined;
-    return new Datagram(this.#buffer.slice(0, length), clientAddress, this.#send);
+    this.#receiving = this.receiving(this.#socket.receive(this.#buffer));
+    return this.#receiving;
   }
 
   /** Stops receiving. Replies of handlers that still run are sent until the socket is closed, at the end. */
@@ -3950,9 +3973,7 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr> exte
   protected override endRequest(): void {}
 
   /** A datagram has nothing to close. */
-  protected override closeRequest(): Promise<void> {
-    return DONE;
-  }
+  protected override closeRequest(): undefined {}
 
   /** A handler that waits for something else cannot be cut off; its reply will reject. */
   protected override cutRequest(): void {}
