@@ -2551,7 +2551,7 @@ type Phase = "new" | "listening" | "draining" | "closed" | "ended";
 interface Exchange<Request> {
   readonly request: Request;
   readonly clientAddress: Deno.Addr;
-  /** When it came, in the time of `performance.now()`. */
+  /** When it came, in the time of `performance.now()`, if a shutdown had begun; else 0. */
   readonly since: number;
   /** Its handler called shutdown(), which therefore does not wait for it. */
   awaitsShutdown: boolean;
@@ -2971,7 +2971,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   /** Counts something that happened outside of a request. */
-  protected countIncident(what: "lost" | "dropped" | "overloads"): void {
+  protected countIncident(what: "lost" | "dropped" | "overloads"): undefined {
     this.#counts[what]++;
   }
 
@@ -2985,12 +2985,15 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     while (this.isAtLimit(limit) && !this.#isClosed) await this.#changed();
   }
 
-  /** What `receive` gives, again and again: no client's error ends it, and a shortage of descriptors or memory is waited out. */
-  protected async *takeIn<T>(receive: () => Promise<T>): AsyncGenerator<T, void> {
+  /** What `make` makes of what `receive` gives, again and again: no client's error ends it, and a shortage of descriptors or memory is waited out. */
+  protected async *takeIn<Taken, T>(
+    receive: () => Promise<Taken>,
+    make: (taken: Taken) => T | undefined,
+  ): AsyncGenerator<T, void> {
     let wait = 0;
     try {
       while (true) {
-        let taken: T;
+        let taken: Taken;
         try {
           taken = await receive();
           wait = 0;
@@ -3012,7 +3015,8 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
           }
         }
         this.#backlog.stopWaiting();
-        yield taken;
+        const made = make(taken);
+        if (made !== undefined) yield made;
       }
     } finally {
       this.#backlog.end();
@@ -3165,7 +3169,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     const exchange = {
       request,
       clientAddress: this.clientAddressOf(request),
-      since: performance.now(),
+      since: this.#isClosing ? performance.now() : 0,
       awaitsShutdown: false,
       isCut: false,
     };
@@ -3406,10 +3410,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
    * ```
    */
   connections(): AsyncGenerator<Deno.Conn, void> {
-    return this.takeIn(async () => {
-      await this.belowLimit(this.#options.maxConnections);
-      return await this.#accept();
-    });
+    return this.takeIn(() => this.#acceptNext(), (conn) => conn);
   }
 
   /**
@@ -3494,10 +3495,11 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     control.cut(request, error);
   }
 
-  #accept(): Promise<Deno.Conn> {
+  async #acceptNext(): Promise<Deno.Conn> {
+    await this.belowLimit(this.#options.maxConnections);
     if (this.#listener === undefined) throw new Deno.errors.BadResource("Listener has been closed");
     this.#accepting = this.receiving(this.#listener.accept());
-    return this.#accepting;
+    return await this.#accepting;
   }
 }
 
@@ -3770,6 +3772,9 @@ function isSameFile(file: Deno.FileInfo | undefined, other: Deno.FileInfo | unde
 /** A datagram has 65,507 bytes at most over IPv4 and 65,527 over IPv6, so that one that fills this was cut. */
 const DATAGRAM_BUFFER_BYTES = 65_536;
 
+/** Thousands of small datagrams share one allocation, without a copy; a datagram that is kept keeps its slab. */
+const DATAGRAM_SLAB_BYTES = 4 * DATAGRAM_BUFFER_BYTES;
+
 /** Milliseconds that a reply may wait for a Unix client whose queue is full. */
 const REPLY_TIMEOUT_MS = 1_000;
 
@@ -3778,7 +3783,7 @@ export interface DatagramSocket {
   /** The bound address. */
   readonly addr: Deno.Addr;
   /** Receives into `into`; resolves to the part that was filled, and the sender. */
-  receive(into: Uint8Array): Promise<[Uint8Array, Deno.Addr]>;
+  receive(into: Uint8Array<ArrayBuffer>): Promise<[Uint8Array<ArrayBuffer>, Deno.Addr]>;
   /** Sends one datagram. */
   send(data: Uint8Array, to: Deno.Addr): Promise<number>;
   /** Closes the socket; what waits rejects. */
@@ -3865,17 +3870,17 @@ export class Datagram {
    * @throws {Error} If the data is too long, or the client has no address.
    */
   reply(data: Uint8Array | string): Promise<void> {
-    return forgettable(this.#reply(typeof data === "string" ? encoder.encode(data) : data));
-  }
-
-  async #reply(bytes: Uint8Array): Promise<void> {
-    try {
-      await this.#send(bytes, this.clientAddress);
-      this.#bytesWritten += bytes.length;
-    } catch (error) {
-      const client = formatAddress(this.clientAddress);
-      throw restate(error, `Cannot reply with ${bytes.length} bytes to ${client}: ${messageOf(error)}`);
-    }
+    const bytes = typeof data === "string" ? encoder.encode(data) : data;
+    const sent = this.#send(bytes, this.clientAddress).then(
+      () => {
+        this.#bytesWritten += bytes.length;
+      },
+      (error) => {
+        const client = formatAddress(this.clientAddress);
+        throw restate(error, `Cannot reply with ${bytes.length} bytes to ${client}: ${messageOf(error)}`);
+      },
+    );
+    return forgettable(sent);
   }
 }
 
@@ -3889,12 +3894,13 @@ export class Datagram {
 export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr> extends BaseServer<Datagram, Address> {
   readonly #Handler: DatagramRequestHandlerClass;
   readonly #maxConcurrent: number;
-  readonly #buffer = new Uint8Array(DATAGRAM_BUFFER_BYTES);
+  /** Datagrams lie behind each other in it; those before `#slabStart` are their handlers'. */
+  #slab: Uint8Array<ArrayBuffer> = NO_BYTES;
+  #slabStart = 0;
   #socket: DatagramSocket | undefined;
-  #receiving: Promise<[Uint8Array, Deno.Addr]> | undefined;
-  readonly #send = async (data: Uint8Array, to: Deno.Addr): Promise<void> => {
-    if (this.#socket === undefined) throw new Deno.errors.BadResource("the server is closed");
-    await this.#socket.send(data, to);
+  #receiving: Promise<[Uint8Array<ArrayBuffer>, Deno.Addr]> | undefined;
+  readonly #send = (data: Uint8Array, to: Deno.Addr): Promise<number> => {
+    return this.#socket?.send(data, to) ?? Promise.reject(new Deno.errors.BadResource("the server is closed"));
   };
 
   /**
@@ -3926,19 +3932,27 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr> exte
   }
 
   /** The datagrams as they come. */
-  protected override async *acceptRequests(): AsyncGenerator<Datagram, void> {
-    for await (const [{ length }, clientAddress] of this.takeIn(() => this.#receive())) {
-      // One that fills the buffer may have been cut.
-      if (length === DATAGRAM_BUFFER_BYTES) this.countIncident("lost");
-      else if (this.isAtLimit(this.#maxConcurrent)) this.countIncident("dropped");
-      else yield new Datagram(this.#buffer.slice(0, length), clientAddress, this.#send);
-    }
+  protected override acceptRequests(): AsyncGenerator<Datagram, void> {
+    return this.takeIn(() => this.#receive(), (received) => this.#makeRequest(received));
   }
 
-  #receive(): Promise<[Uint8Array, Deno.Addr]> {
+  #receive(): Promise<[Uint8Array<ArrayBuffer>, Deno.Addr]> {
     if (this.#socket === undefined) throw new Deno.errors.BadResource("The socket is closed");
-    this.#receiving = this.receiving(this.#socket.receive(this.#buffer));
+    if (this.#slab.length - this.#slabStart < DATAGRAM_BUFFER_BYTES) {
+      this.#slab = new Uint8Array(DATAGRAM_SLAB_BYTES);
+      this.#slabStart = 0;
+    }
+    const room = this.#slab.subarray(this.#slabStart, this.#slabStart + DATAGRAM_BUFFER_BYTES);
+    this.#receiving = this.receiving(this.#socket.receive(room));
     return this.#receiving;
+  }
+
+  #makeRequest([data, clientAddress]: [Uint8Array<ArrayBuffer>, Deno.Addr]): Datagram | undefined {
+    // One that fills the buffer may have been cut.
+    if (data.length === DATAGRAM_BUFFER_BYTES) return this.countIncident("lost");
+    if (this.isAtLimit(this.#maxConcurrent)) return this.countIncident("dropped");
+    this.#slabStart += data.length;
+    return new Datagram(data, clientAddress, this.#send);
   }
 
   /** Stops receiving. Replies of handlers that still run are sent until the socket is closed, at the end. */
@@ -4136,7 +4150,7 @@ class UnixDatagramSocket implements DatagramSocket {
     this.addr = addr;
   }
 
-  async receive(into: Uint8Array): Promise<[Uint8Array, Deno.Addr]> {
+  async receive(into: Uint8Array<ArrayBuffer>): Promise<[Uint8Array<ArrayBuffer>, Deno.Addr]> {
     while (true) {
       await this.#sendReplies();
       this.#isReceiving = true;
@@ -4254,7 +4268,7 @@ export class DatagramClient implements Disposable {
   readonly #timeout: number;
   readonly #buffer = new Uint8Array(DATAGRAM_BUFFER_BYTES);
   /** A receive cannot be cancelled, so it may outlive the call that began it. */
-  #receiving: Promise<[Uint8Array, Deno.Addr]> | undefined;
+  #receiving: Promise<[Uint8Array<ArrayBuffer>, Deno.Addr]> | undefined;
 
   /**
    * Opens a socket.
