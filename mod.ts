@@ -3630,7 +3630,7 @@ export class TcpServer extends StreamServer<Deno.NetAddr> {
     this.checkOpen();
     if (this.boundAddress !== undefined) return this.boundAddress;
     const wanted = { transport: "tcp", ...this.#wanted } as const;
-    const listener = tryToListen(wanted, () => Deno.listen(wanted));
+    const listener = tryTo("listen on", wanted, () => Deno.listen(wanted));
     return this.adopt(listener, listener.addr);
   }
 }
@@ -3736,9 +3736,19 @@ class SocketFile {
 
   /** Runs `open`, which makes the file, in the place of one that nobody answers on. */
   async bind<Socket extends { close(): void }>(open: () => Socket): Promise<Socket> {
-    if (this.path.startsWith("\0")) return open();
     if (fileAt(this.path)?.isSocket) await this.#removeIfStale();
+    return this.#make(open);
+  }
+
+  /** Runs `open` again, in the place of our own file. */
+  rebind<Socket extends { close(): void }>(open: () => Socket): Socket {
+    if (isSameFile(fileAt(this.path), this.#made)) Deno.removeSync(this.path);
+    return this.#make(open);
+  }
+
+  #make<Socket extends { close(): void }>(open: () => Socket): Socket {
     const socket = open();
+    if (this.path.startsWith("\0")) return socket;
     try {
       if (this.#mode !== undefined) Deno.chmodSync(this.path, this.#mode);
       this.#made = Deno.lstatSync(this.path);
@@ -3784,11 +3794,13 @@ class SocketFile {
   }
 }
 
-function tryToListen<Socket>(address: Deno.Addr, open: () => Socket): Socket {
+function tryTo<Socket>(what: string, address: Deno.Addr, open: () => Socket): Socket {
   try {
     return open();
   } catch (error) {
-    throw error instanceof TypeError ? error : listenError(error, address);
+    throw error instanceof TypeError
+      ? error
+      : restate(error, `Cannot ${what} ${formatAddress(address)}: ${explain(error, address)}`);
   }
 }
 
@@ -4135,7 +4147,7 @@ export class UdpServer extends DatagramServer<Deno.NetAddr> {
     this.checkOpen();
     if (this.boundAddress !== undefined) return this.boundAddress;
     const wanted = { transport: "udp", ...this.#wanted } as const;
-    const socket = tryToListen(wanted, () => openDatagramSocket(wanted));
+    const socket = tryTo("listen on", wanted, () => openDatagramSocket(wanted));
     const { addr } = socket;
     return this.adopt(socket, addr.transport === "udp" ? addr : wanted);
   }
@@ -4194,8 +4206,9 @@ export class UnixDatagramServer extends DatagramServer<Deno.UnixAddr> {
     const address = { transport: "unixpacket", path: this.#file.path } as const;
     try {
       this.checkOpen();
-      const socket = await this.#file.bind(() => openDatagramSocket(address));
-      return this.adopt(new UnixDatagramSocket(socket, address), address);
+      const open = () => openDatagramSocket(address);
+      const socket = await this.#file.bind(open);
+      return this.adopt(new UnixDatagramSocket(socket, address, () => this.#file.rebind(open)), address);
     } catch (error) {
       this.#binding = undefined;
       throw error instanceof TypeError ? error : listenError(error, address);
@@ -4219,17 +4232,20 @@ export class UnixDatagramServer extends DatagramServer<Deno.UnixAddr> {
  */
 class UnixDatagramSocket implements DatagramSocket {
   readonly addr: Deno.UnixAddr;
-  readonly #socket: DatagramSocket;
+  readonly #reopen: () => DatagramSocket;
   /** What a datagram to ourselves says. */
   readonly #wakeUp: Uint8Array = encoder.encode(crypto.randomUUID());
-  #isReceiving = false;
   /** What the bound socket has to send before it receives again. */
-  readonly #replies: (() => Promise<void>)[] = [];
+  readonly #replies: BoundReply[] = [];
+  #socket: DatagramSocket;
+  #isReceiving = false;
+  #isClosed = false;
   #sending: Promise<void> = DONE;
 
-  constructor(socket: DatagramSocket, addr: Deno.UnixAddr) {
+  constructor(socket: DatagramSocket, addr: Deno.UnixAddr, reopen: () => DatagramSocket) {
     this.#socket = socket;
     this.addr = addr;
+    this.#reopen = reopen;
   }
 
   async receive(into: Uint8Array<ArrayBuffer>): Promise<[Uint8Array<ArrayBuffer>, Deno.Addr]> {
@@ -4258,6 +4274,10 @@ class UnixDatagramSocket implements DatagramSocket {
   }
 
   close(): void {
+    this.#isClosed = true;
+    for (const { settled } of this.#replies.splice(0)) {
+      settled.reject(new Deno.errors.BadResource("the server is closed"));
+    }
     this.#socket.close();
   }
 
@@ -4266,12 +4286,13 @@ class UnixDatagramSocket implements DatagramSocket {
     return data.length === this.#wakeUp.length && data.every((byte, index) => byte === this.#wakeUp[index]);
   }
 
-  async #sendFromHere(data: Uint8Array, to: Deno.Addr): Promise<number> {
-    const { promise, resolve, reject } = Promise.withResolvers<number>();
-    this.#replies.push(() => this.#socket.send(data, to).then(resolve, reject));
-    if (this.#isReceiving) await sendFromNowhere(this.#wakeUp, this.addr);
-    else await this.#sendReplies();
-    return await promise;
+  #sendFromHere(data: Uint8Array, to: Deno.Addr): Promise<number> {
+    const settled = Promise.withResolvers<number>();
+    this.#replies.push({ data, to, settled });
+    // If the datagram to ourselves cannot be sent, there are others in our queue, which do as well.
+    if (this.#isReceiving) sendFromNowhere(this.#wakeUp, this.addr).catch(ignore);
+    else this.#sendReplies();
+    return settled.promise;
   }
 
   /** One after the other, as the runtime takes one at a time. */
@@ -4279,10 +4300,29 @@ class UnixDatagramSocket implements DatagramSocket {
     if (this.#replies.length === 0) return this.#sending;
     const replies = this.#replies.splice(0);
     this.#sending = this.#sending.then(async () => {
-      for (const reply of replies) await reply();
+      for (const reply of replies) await this.#sendReply(reply);
     });
     return this.#sending;
   }
+
+  async #sendReply({ data, to, settled }: BoundReply): Promise<void> {
+    const sent = this.#socket.send(data, to);
+    sent.then(settled.resolve, settled.reject);
+    const count = await settledWithin(sent.catch(ignore).then(() => true), REPLY_TIMEOUT_MS);
+    if (count !== undefined || this.#isClosed) return;
+    // The client's queue is full, and a send cannot be cancelled: nothing could be
+    // received for as long as the client likes.
+    settled.reject(new Deno.errors.TimedOut(`the client took nothing for ${REPLY_TIMEOUT_MS} ms`));
+    closeQuietly(this.#socket);
+    this.#socket = this.#reopen();
+  }
+}
+
+/** A reply that the bound socket has to send. */
+interface BoundReply {
+  readonly data: Uint8Array;
+  readonly to: Deno.Addr;
+  readonly settled: PromiseWithResolvers<number>;
 }
 
 /** Sends from a socket without a path, which is closed when the peer does not take it in time. */
@@ -4345,8 +4385,7 @@ export type DatagramClientOptions =
  */
 export class DatagramClient implements Disposable {
   readonly #socket: DatagramSocket;
-  readonly #server: Deno.Addr;
-  readonly #localPath: string | undefined;
+  readonly #server: Deno.NetAddr | Deno.UnixAddr;
   readonly #timeout: number;
   readonly #buffer = new Uint8Array(DATAGRAM_BUFFER_BYTES);
   /** A receive cannot be cancelled, so it may outlive the call that began it. */
@@ -4361,24 +4400,12 @@ export class DatagramClient implements Disposable {
    * @throws {TypeError} If Deno runs without `--unstable-net`.
    */
   constructor(options: DatagramClientOptions) {
-    const { timeout = Infinity } = options;
+    const { timeout = Infinity, ...address } = options;
     checkNumber("timeout", timeout);
     this.#timeout = timeout;
-    if ("path" in options) {
-      this.#server = { transport: "unixpacket", path: options.path };
-      this.#localPath = options.localPath;
-      this.#socket = openDatagramSocket({ transport: "unixpacket", path: options.localPath });
-    } else {
-      const { hostname = "127.0.0.1", port } = options;
-      checkHostname(hostname);
-      checkPort(port);
-      this.#server = { transport: "udp", hostname, port };
-      this.#socket = openDatagramSocket({
-        transport: "udp",
-        hostname: hostname.includes(":") ? "::" : "0.0.0.0",
-        port: 0,
-      });
-    }
+    const { server, local } = resolveDatagramAddress(address);
+    this.#server = server;
+    this.#socket = tryTo("open a socket on", local, () => openDatagramSocket(local));
   }
 
   /**
@@ -4405,24 +4432,67 @@ export class DatagramClient implements Disposable {
    * later answers the next call.
    */
   async recv(): Promise<Uint8Array<ArrayBuffer>> {
-    this.#receiving ??= this.#socket.receive(this.#buffer);
-    const received = await settledWithin(this.#receiving, this.#timeout);
-    if (received === undefined) {
-      throw new Deno.errors.TimedOut(`No answer came from ${formatAddress(this.#server)} within ${this.#timeout} ms`);
+    const expiresAt = performance.now() + this.#timeout;
+    while (true) {
+      const receiving = this.#receiving ??= this.#receive();
+      const received = await settledWithin(receiving, Math.max(0, expiresAt - performance.now()));
+      if (received === undefined) {
+        const server = formatAddress(this.#server);
+        throw new Deno.errors.TimedOut(`No answer came from ${server} within ${this.#timeout} ms`);
+      }
+      this.#receiving = undefined;
+      const [data, from] = received;
+      if (this.#isServer(from)) return data.slice();
     }
-    this.#receiving = undefined;
-    return received[0].slice();
+  }
+
+  async #receive(): Promise<[Uint8Array<ArrayBuffer>, Deno.Addr]> {
+    try {
+      return await this.#socket.receive(this.#buffer);
+    } catch (error) {
+      this.#receiving = undefined;
+      throw error;
+    }
+  }
+
+  /** Anybody can send to a datagram socket. A server that was named and not numbered is known by its port. */
+  #isServer(from: Deno.Addr): boolean {
+    const server = this.#server;
+    // A Unix server may answer from a socket without a path.
+    if ("path" in server) return !("path" in from && from.path) || from.path === server.path;
+    if (!("port" in from) || from.port !== server.port || !("hostname" in from)) return false;
+    return !/^[\d.]+$|:/.test(server.hostname) || bracketed(from.hostname) === bracketed(server.hostname);
   }
 
   /** Closes the socket; what waits rejects. */
   close(): void {
     this.#receiving?.catch(ignore);
     closeQuietly(this.#socket);
-    if (this.#localPath !== undefined && fileAt(this.#localPath)?.isSocket) Deno.removeSync(this.#localPath);
+    const { addr } = this.#socket;
+    if ("path" in addr && addr.path && fileAt(addr.path)?.isSocket) Deno.removeSync(addr.path);
   }
 
   /** Closes the socket. */
   [Symbol.dispose](): void {
     this.close();
   }
+}
+
+/** Where a client sends to, and where from: the loopback interface for a server on it, else all. */
+function resolveDatagramAddress(
+  options: { hostname?: string; port: number } | { path: string; localPath: string },
+): { server: Deno.NetAddr | Deno.UnixAddr; local: (Deno.NetAddr | Deno.UnixAddr) & DatagramAddress } {
+  if ("path" in options) {
+    const { path, localPath } = resolveOptions({ path: "", localPath: "" }, options);
+    if (path === "" || localPath === "") {
+      throw new TypeError("Paths must not be empty: name the server's and the client's");
+    }
+    return { server: { transport: "unixpacket", path }, local: { transport: "unixpacket", path: localPath } };
+  }
+  const { hostname, port } = resolveOptions({ hostname: "127.0.0.1", port: 0 }, options);
+  checkHostname(hostname);
+  checkPort(port);
+  const isLocal = /^(localhost$|127\.)/.test(hostname);
+  const local = isLocal ? "127.0.0.1" : hostname === "::1" ? "::1" : hostname.includes(":") ? "::" : "0.0.0.0";
+  return { server: { transport: "udp", hostname, port }, local: { transport: "udp", hostname: local, port: 0 } };
 }

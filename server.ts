@@ -11,12 +11,16 @@
 
 import { parseArgs } from "./deps.ts";
 import {
+  DatagramRequestHandler,
+  DatagramServer,
   formatAddress,
   IncompleteReadError,
   type ServerOptions,
   StreamRequestHandler,
   type StreamServer,
   TcpServer,
+  UdpServer,
+  UnixDatagramServer,
   UnixServer,
 } from "./mod.ts";
 
@@ -28,6 +32,8 @@ Usage: deno run --allow-net server.ts [options]
   --port PORT            port to listen on; 0 takes a free one (8009)
   --unix PATH            listen on a Unix socket instead; this needs
                          --allow-read=PATH --allow-write=PATH too
+  --udp                  serve datagrams, each of which is stamped; this needs
+                         --unstable-net too
   --lines                stamp each line, instead of each chunk as it arrives
   --max-connections N    serve so many clients at once, others wait (no limit)
   --idle-timeout MS      close clients that are silent for so long (never)
@@ -42,8 +48,9 @@ const VERSION = "0.1.0";
 
 const FLAGS = {
   hostname: { type: "string", default: "127.0.0.1" },
-  port: { type: "string", default: "8009" },
+  port: { type: "string" }, // 8009, if there is no --unix.
   unix: { type: "string" },
+  udp: { type: "boolean", default: false },
   lines: { type: "boolean", default: false },
   "max-connections": { type: "string", default: "Infinity" },
   "idle-timeout": { type: "string", default: "Infinity" },
@@ -84,6 +91,14 @@ class StampLines extends Stamp {
   }
 }
 
+class StampDatagrams extends DatagramRequestHandler {
+  override async handle() {
+    log(`...datagram from: ${formatAddress(this.clientAddress)}`);
+    const stamp = new TextEncoder().encode(`[${ctime(new Date())}] `);
+    await this.request.reply(new Uint8Array([...stamp, ...this.request.data]));
+  }
+}
+
 /** C's `ctime` form in local time, such as `Thu Sep  1 22:29:12 2016`. */
 function ctime(date: Date): string {
   const [weekday, month, day, year, time] = date.toString().split(" ");
@@ -93,7 +108,8 @@ function ctime(date: Date): string {
 function number(flag: string, text: string, least: number, most = Infinity): number {
   const value = /^(\d+|Infinity)$/.test(text) ? Number(text) : NaN;
   if (value >= least && value <= most) return value;
-  throw new TypeError(`${flag} must be a whole number from ${least} to ${most}: it is "${text}"`);
+  const range = most === Infinity ? `, ${least} or more, or Infinity` : ` from ${least} to ${most}`;
+  throw new TypeError(`${flag} must be a whole number${range}: it is "${text}"`);
 }
 
 /** Makes what the flags ask for; `null` if they only asked to be told something. */
