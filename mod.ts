@@ -155,6 +155,7 @@ export class LimitOverrunError extends Error {
 const NETWORK_ERRORS = [
   Deno.errors.AddrInUse,
   Deno.errors.AddrNotAvailable,
+  Deno.errors.BadResource,
   Deno.errors.ConnectionAborted,
   Deno.errors.ConnectionRefused,
   Deno.errors.ConnectionReset,
@@ -3250,10 +3251,10 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   async #drain(grace: number): Promise<ShutdownReport> {
     const begun = performance.now();
     const left = () => Math.max(0, begun + grace - performance.now());
-    const wasServing = this.#serving;
     this.#enter("draining");
     const ending = this.#startEndingRequests(begun);
-    const stopped = this.stopListening(wasServing);
+    if (!this.#serving) this.#backlog.end(); // Nobody would serve it.
+    const stopped = this.stopListening(true);
     await settledWithin(stopped, Math.min(DRAIN_FIRST_WORD_MS, left()));
     this.#abortSignal();
     await settledWithin(stopped, left());
@@ -4240,6 +4241,8 @@ class UnixDatagramSocket implements DatagramSocket {
   #socket: DatagramSocket;
   #isReceiving = false;
   #isClosed = false;
+  /** The paths of clients that a send is stuck on. */
+  readonly #deaf = new Set<string>();
   #sending: Promise<void> = DONE;
 
   constructor(socket: DatagramSocket, addr: Deno.UnixAddr, reopen: () => DatagramSocket) {
@@ -4265,12 +4268,22 @@ class UnixDatagramSocket implements DatagramSocket {
     if (!("path" in to) || !to.path) {
       throw new TypeError("the client has bound its socket to no path, so it cannot be answered");
     }
+    if (this.#deaf.has(to.path)) throw new Deno.errors.TimedOut("the client takes nothing");
     try {
-      return await sendFromNowhere(data, to);
+      return await this.#inTime(sendFromNowhere(data, to), to.path);
     } catch (error) {
       if (errorCode(error) !== "EPERM") throw error;
       return await this.#sendFromHere(data, to);
     }
+  }
+
+  /** A send to a client whose queue is full cannot be cancelled, so there is at most one for each client. */
+  async #inTime(sent: Promise<number>, path: string): Promise<number> {
+    const count = await settledWithin(sent, REPLY_TIMEOUT_MS);
+    if (count !== undefined) return count;
+    this.#deaf.add(path);
+    forgettable(sent.finally(() => this.#deaf.delete(path)));
+    throw new Deno.errors.TimedOut(`the client took nothing for ${REPLY_TIMEOUT_MS} ms`);
   }
 
   close(): void {
@@ -4286,7 +4299,7 @@ class UnixDatagramSocket implements DatagramSocket {
     return data.length === this.#wakeUp.length && data.every((byte, index) => byte === this.#wakeUp[index]);
   }
 
-  #sendFromHere(data: Uint8Array, to: Deno.Addr): Promise<number> {
+  #sendFromHere(data: Uint8Array, to: Deno.UnixAddr): Promise<number> {
     const settled = Promise.withResolvers<number>();
     this.#replies.push({ data, to, settled });
     // If the datagram to ourselves cannot be sent, there are others in our queue, which do as well.
@@ -4306,42 +4319,30 @@ class UnixDatagramSocket implements DatagramSocket {
   }
 
   async #sendReply({ data, to, settled }: BoundReply): Promise<void> {
-    const sent = this.#socket.send(data, to);
-    sent.then(settled.resolve, settled.reject);
-    const count = await settledWithin(sent.catch(ignore).then(() => true), REPLY_TIMEOUT_MS);
-    if (count !== undefined || this.#isClosed) return;
-    // The client's queue is full, and a send cannot be cancelled: nothing could be
-    // received for as long as the client likes.
-    settled.reject(new Deno.errors.TimedOut(`the client took nothing for ${REPLY_TIMEOUT_MS} ms`));
-    closeQuietly(this.#socket);
-    this.#socket = this.#reopen();
+    if (this.#deaf.has(to.path)) return settled.reject(new Deno.errors.TimedOut("the client takes nothing"));
+    try {
+      settled.resolve(await this.#inTime(this.#socket.send(data, to), to.path));
+    } catch (error) {
+      settled.reject(error);
+      if (!this.#deaf.has(to.path) || this.#isClosed) return;
+      // Nothing could be received while the send is stuck, for as long as the client likes.
+      closeQuietly(this.#socket);
+      this.#socket = this.#reopen();
+    }
   }
 }
 
 /** A reply that the bound socket has to send. */
 interface BoundReply {
   readonly data: Uint8Array;
-  readonly to: Deno.Addr;
+  readonly to: Deno.UnixAddr;
   readonly settled: PromiseWithResolvers<number>;
 }
 
-/** Sends from a socket without a path, which is closed when the peer does not take it in time. */
-async function sendFromNowhere(data: Uint8Array, to: Deno.Addr): Promise<number> {
+/** Sends from a socket without a path, which is closed when the peer has taken it. */
+function sendFromNowhere(data: Uint8Array, to: Deno.Addr): Promise<number> {
   const socket = openDatagramSocket({ transport: "unixpacket" });
-  let isLate = false;
-  const timer = setTimeout(() => {
-    isLate = true;
-    closeQuietly(socket);
-  }, REPLY_TIMEOUT_MS);
-  try {
-    return await socket.send(data, to);
-  } catch (error) {
-    if (isLate) throw new Deno.errors.TimedOut(`the client took nothing for ${REPLY_TIMEOUT_MS} ms`);
-    throw error;
-  } finally {
-    clearTimeout(timer);
-    closeQuietly(socket);
-  }
+  return socket.send(data, to).finally(() => closeQuietly(socket));
 }
 
 /** Where a {@linkcode DatagramClient} sends to. */

@@ -1127,15 +1127,12 @@ for (const way of ["sendto", "connect"]) {
     await withServer(new RecordingUnixServer({ path }, Generous), async (server) => {
       await using deaf = startUnixClient(`deaf-${way}`, folder, "deaf");
       await deaf.write("deaf\n".repeat(30));
-      await deaf.printed("sent\n".repeat(30));
-      await until(() => server.stats.accepted === 30);
-      const hasLeft = until(() => server.stats.active === 0);
+      await until(() => server.errors.length > 0); // Its queue is full.
       await assertServes(path);
-      await hasLeft;
-      assert(server.errors.length > 0, "its queue is not full");
+      await until(() => server.stats.active === 0);
       for (const error of server.errors) {
         assert(error instanceof Deno.errors.TimedOut);
-        assertMatch(error.message, /^Cannot reply with 30000 bytes to [^\n]*deaf\.sock: [^\n]*1000 ms/);
+        assertMatch(error.message, /^Cannot reply with 30000 bytes to [^\n]*deaf\.sock: the client (took nothing for 1000 ms|takes nothing)$/);
       }
       await assertServes(path);
     });
