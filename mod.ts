@@ -431,9 +431,19 @@ function checkNumber(name: string, value: unknown): void {
   }
 }
 
-function checkPort(port: number): void {
-  if (!(Number.isInteger(port) && port >= 0 && port <= 65_535)) {
-    throw new RangeError(`Port must be a whole number from 0 to 65535: it is ${port}`);
+function checkPort(port: unknown): void {
+  if (!(typeof port === "number" && Number.isInteger(port) && port >= 0 && port <= 65_535)) {
+    throw new RangeError(`Port must be a whole number from 0 to 65535: it is ${Deno.inspect(port)}`);
+  }
+}
+
+/** Python's servers take a pair, and its handlers may be functions. */
+function checkServerArguments(address: unknown, Handler: unknown): void {
+  if (typeof address !== "object" || address === null || Array.isArray(address)) {
+    throw new TypeError(`Address must be an object such as { port: 8009 }: it is ${Deno.inspect(address)}`);
+  }
+  if (typeof Handler !== "function" || typeof Handler.prototype?.handle !== "function") {
+    throw new TypeError(`Handler must be a class with a method handle(): it is ${Deno.inspect(Handler)}`);
   }
 }
 
@@ -497,6 +507,9 @@ function explain(error: unknown, address: Deno.Addr): string {
   }
   switch (errorCode(error)) {
     case "EADDRINUSE":
+      if ("path" in address && fileAt(address.path)?.isSocket === false) {
+        return "there is a file that is no socket; choose another path";
+      }
       return "the address is in use; stop the program that has it or choose another";
     case "EADDRNOTAVAIL":
       return "this machine has no such address; choose one of its own";
@@ -792,6 +805,19 @@ const spareBlocks: Uint8Array<ArrayBuffer>[] = [];
 const encoder = new TextEncoder();
 
 const DONE: Promise<void> = Promise.resolve();
+
+/** Plain JavaScript has no types: what is neither would be sent as something else, or as nothing. */
+function isData(data: unknown): data is Uint8Array | string {
+  return typeof data === "string" || data instanceof Uint8Array;
+}
+
+function dataError(call: string, data: unknown): TypeError {
+  return new TypeError(`Cannot ${call}: data must be a Uint8Array or a string, it is ${kindOf(data)}`);
+}
+
+function kindOf(value: unknown): string {
+  return typeof value === "object" && value !== null ? `a ${value.constructor?.name ?? "bare"} object` : String(value);
+}
 
 /** One thing to do on the connection, in its turn. */
 interface WriteJob {
@@ -1427,6 +1453,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * @param data Bytes, or text that is sent as UTF-8.
    * @returns Resolves at once, or, if more than `highWaterMark` bytes wait, once
    * `data` was handed to the kernel.
+   * @throws {TypeError} If `data` is neither.
    * @throws {Deno.errors.BrokenPipe} If the peer is gone or `closeWrite()` was called.
    * @throws {Deno.errors.TimedOut} If the peer took nothing within `timeout`.
    *
@@ -1445,6 +1472,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    */
   write(data: Uint8Array | string): Promise<void> {
     if (this.#closed) return rejection(this.#readFailure);
+    if (!isData(data)) return rejection(dataError("write()", data));
     this.#unanswered = false;
     return this.#output.write(data);
   }
@@ -1480,6 +1508,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    *
    * @param data Bytes, or text that is sent as UTF-8.
    * @returns Resolves once the kernel has all of it.
+   * @throws {TypeError} If `data` is neither.
    * @throws {Deno.errors.BrokenPipe} If the peer is gone or `closeWrite()` was called.
    * @throws {Deno.errors.TimedOut} If the peer took nothing within `timeout`.
    *
@@ -1497,6 +1526,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    */
   send(data: Uint8Array | string): Promise<void> {
     if (this.#closed) return rejection(this.#readFailure);
+    if (!isData(data)) return rejection(dataError("send()", data));
     this.#unanswered = false;
     return this.#output.send(data);
   }
@@ -1529,6 +1559,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     } catch (error) {
       return rejection(error);
     }
+    if (!isData(payload)) return rejection(dataError("writeFrame()", payload));
     const bytes = typeof payload === "string" ? encoder.encode(payload) : payload;
     if (bytes.length >= 256 ** format.lengthBytes) {
       return rejection(
@@ -1807,7 +1838,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     const before = at < 0 ? search.searched : at;
     if (before - this.#returnsBefore(before, search) > this.#limit) {
       const what = search.delimiter === LINE_FEED ? "line" : "record";
-      const message = `Cannot find the end of the ${what} within the limit of ${this.#limit} bytes`;
+      const message = `Cannot find the end of the ${what} within the limit of ${this.#limit} bytes (option "limit")`;
       throw new LimitOverrunError(message, this.#limit, before);
     }
     return at;
@@ -1824,7 +1855,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     const expected = lengthBytes + (length < lengthBytes ? 0 : this.#input.peekNumber(format));
     if (expected - lengthBytes > this.#limit) {
       throw new LimitOverrunError(
-        `Cannot read a frame of ${expected - lengthBytes} bytes: the limit is ${this.#limit}`,
+        `Cannot read a frame of ${expected - lengthBytes} bytes: the limit is ${this.#limit} (option "limit")`,
         this.#limit,
         lengthBytes,
       );
@@ -3619,6 +3650,7 @@ export class TcpServer extends StreamServer<Deno.NetAddr> {
    * @throws {TypeError} If an option does not exist.
    */
   constructor(address: TcpServerAddress, Handler: StreamRequestHandlerClass, options: ServerOptions = {}) {
+    checkServerArguments(address, Handler);
     super(Handler, options);
     const defaults = { hostname: "127.0.0.1", port: 0, tcpBacklog: MAX_BACKLOG };
     this.#wanted = resolveOptions(defaults, address);
@@ -3693,6 +3725,7 @@ export class UnixServer extends StreamServer<Deno.UnixAddr> {
    * @throws {TypeError} If an option does not exist, or the path is empty.
    */
   constructor(address: UnixServerAddress, Handler: StreamRequestHandlerClass, options: ServerOptions = {}) {
+    checkServerArguments(address, Handler);
     super(Handler, options);
     this.#file = new SocketFile(address);
   }
@@ -3934,6 +3967,7 @@ export class Datagram {
    * @throws {Error} If the data is too long, or the client has no address.
    */
   reply(data: Uint8Array | string): Promise<void> {
+    if (!isData(data)) return rejection(dataError("reply()", data));
     const bytes = typeof data === "string" ? encoder.encode(data) : data;
     const sent = this.#send(bytes, this.clientAddress).then(
       () => {
@@ -4137,6 +4171,7 @@ export class UdpServer extends DatagramServer<Deno.NetAddr> {
    * @throws {TypeError} If an option does not exist.
    */
   constructor(address: UdpServerAddress, Handler: DatagramRequestHandlerClass, options: DatagramServerOptions = {}) {
+    checkServerArguments(address, Handler);
     super(Handler, options);
     this.#wanted = resolveOptions({ hostname: "127.0.0.1", port: 0 }, address);
     checkHostname(this.#wanted.hostname);
@@ -4194,6 +4229,7 @@ export class UnixDatagramServer extends DatagramServer<Deno.UnixAddr> {
    * @throws {TypeError} If an option does not exist, or the path is empty.
    */
   constructor(address: UnixServerAddress, Handler: DatagramRequestHandlerClass, options: DatagramServerOptions = {}) {
+    checkServerArguments(address, Handler);
     super(Handler, options);
     this.#file = new SocketFile(address);
   }
@@ -4416,6 +4452,7 @@ export class DatagramClient implements Disposable {
    * @returns Resolves once the kernel has it; whether it arrives, nobody tells.
    */
   async send(data: Uint8Array | string): Promise<void> {
+    if (!isData(data)) throw dataError("send()", data);
     const bytes = typeof data === "string" ? encoder.encode(data) : data;
     try {
       await this.#socket.send(bytes, this.#server);

@@ -299,11 +299,11 @@ programTestIn("a live server's socket is left alone, and said to be in use", asy
   assertMatch(await peer.receive("\n"), stamped("hello\n"));
 });
 
-programTestIn("a file that is no socket is left alone, and said to be in use", async (folder) => {
+programTestIn("a file that is no socket is left alone, and said to be one", async (folder) => {
   const path = `${folder}/notes.txt`;
   await Deno.writeTextFile(path, "precious");
   const outcome = await runScript("server.ts", ["--unix", path], { permissions: unixPermissions(path) });
-  assertFailed(outcome, 1, / in use; /);
+  assertFailed(outcome, 1, / no socket; /);
   assertEquals(await Deno.readTextFile(path), "precious");
 });
 

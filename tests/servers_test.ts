@@ -366,7 +366,7 @@ networkTest("handleError() prints a handler's error with its stack, and a client
     console.error = print;
   }
   assertEquals(printed.length, 2);
-  assertEquals(printed[0]?.[1], "Cannot find the end of the line within the limit of 4 bytes");
+  assertEquals(printed[0]?.[1], 'Cannot find the end of the line within the limit of 4 bytes (option "limit")');
   assert(printed[1]?.[1] instanceof TypeError);
 });
 
