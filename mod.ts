@@ -2414,17 +2414,22 @@ export interface DatagramRequestHandlerClass {
 
 type HandlerCalls = Pick<StreamRequestHandler, "setup" | "handle" | "finish">;
 
-/** Runs a handler's calls. What returns no promise is not waited for: a turn of the queue costs as much as a small handler. */
-async function runHandler(handler: HandlerCalls): Promise<void> {
-  const preparing = handler.setup();
-  if (preparing !== undefined) await preparing;
+/** Runs a handler's calls. What returns no promise is not waited for. */
+function runHandler(handler: HandlerCalls): Promise<void> {
   try {
-    await handler.handle();
+    const preparing = handler.setup();
+    return preparing === undefined ? runPrepared(handler) : Promise.resolve(preparing).then(() => runPrepared(handler));
   } catch (error) {
-    return await failAndFinish(handler, error);
+    return Promise.reject(error);
   }
-  const finishing = handler.finish();
-  if (finishing !== undefined) await finishing;
+}
+
+function runPrepared(handler: HandlerCalls): Promise<void> {
+  try {
+    return Promise.resolve(handler.handle()).then(() => handler.finish(), (error) => failAndFinish(handler, error));
+  } catch (error) {
+    return failAndFinish(handler, error);
+  }
 }
 
 async function failAndFinish(handler: HandlerCalls, error: unknown): Promise<never> {
@@ -3221,18 +3226,43 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     return served;
   }
 
-  async #serveExchange(exchange: Exchange<Request>): Promise<void> {
-    const { request, clientAddress } = exchange;
+  /** Callbacks and no `async`: each asynchronous layer costs a datagram 3 % of its time. Never rejects. */
+  #serveExchange(exchange: Exchange<Request>): Promise<void> {
+    return this.#processExchange(exchange).then(
+      () => this.#endExchange(exchange),
+      (error) => this.#failExchange(error, exchange),
+    );
+  }
+
+  #processExchange({ request, clientAddress }: Exchange<Request>): Promise<void> {
     try {
       const verified = this.verifyRequest(request, clientAddress);
-      if (verified === true || await verified) await this.processRequest(request, clientAddress);
-      else this.#counts.rejected++;
+      // Plain JavaScript may return something else than a promise.
+      if (verified === true) return Promise.resolve(this.processRequest(request, clientAddress));
+      return this.#processIfVerified(verified, request, clientAddress);
     } catch (error) {
-      await this.#reportExchange(error, exchange);
+      return Promise.reject(error);
     }
-    const closing = this.closeRequest(request);
-    if (closing !== undefined) await closing;
-    this.#untrack(exchange);
+  }
+
+  async #processIfVerified(
+    verified: false | Promise<boolean>,
+    request: Request,
+    clientAddress: Deno.Addr,
+  ): Promise<void> {
+    if (await verified) await this.processRequest(request, clientAddress);
+    else this.#counts.rejected++;
+  }
+
+  #endExchange(exchange: Exchange<Request>): void | Promise<void> {
+    const closing = this.closeRequest(exchange.request);
+    if (closing === undefined) return this.#untrack(exchange);
+    return Promise.resolve(closing).then(() => this.#untrack(exchange));
+  }
+
+  async #failExchange(error: unknown, exchange: Exchange<Request>): Promise<void> {
+    await this.#reportExchange(error, exchange);
+    await this.#endExchange(exchange);
   }
 
   #track(request: Request): Exchange<Request> {
@@ -3905,7 +3935,11 @@ function hasDatagrams(runtime: object): runtime is { listenDatagram(address: Dat
 
 /** One datagram that has arrived, and the way back. */
 export class Datagram {
-  /** The bytes, which are the handler's to keep. There may be none. */
+  /**
+   * The bytes, which are the handler's to keep. There may be none. They lie beside
+   * other datagrams in one buffer: take a `slice()` to keep them for long, or to
+   * transfer their buffer.
+   */
   readonly data: Uint8Array<ArrayBuffer>;
   /** Who sent it. */
   readonly clientAddress: Deno.Addr;
@@ -4113,13 +4147,15 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr> exte
   }
 
   /** A datagram has no second message to wait for. */
-  protected override endRequest(): void {}
+  protected override endRequest(_request: Datagram, _isLate: boolean): void {}
 
   /** A datagram has nothing to close. */
-  protected override closeRequest(): undefined {}
+  protected override closeRequest(_request: Datagram): Promise<void> | undefined {
+    return undefined;
+  }
 
   /** A handler that waits for something else cannot be cut off; its reply will reject. */
-  protected override cutRequest(): void {}
+  protected override cutRequest(_request: Datagram, _error: Error): void {}
 }
 
 /** Where a {@linkcode UdpServer} listens. */

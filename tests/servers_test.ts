@@ -898,6 +898,38 @@ networkTest("a handler's signal is its own, so that its listeners end with it", 
   });
 });
 
+networkTest(
+  "another client's stream that fails in a handler is no fault of the handler's own client, and is reported",
+  async () => {
+    const room = new Set<SocketStream>();
+    class Chat extends StreamRequestHandler {
+      override async handle() {
+        room.add(this.request);
+        for await (const line of this.request.lines()) {
+          for (const member of room) await member.send(`${line}\n`);
+        }
+      }
+    }
+    const told: unknown[] = [];
+    class Telling extends TcpServer {
+      override handleError(error: unknown) {
+        told.push(error);
+      }
+    }
+    await withServer(new Telling({ port: 0 }, Chat), async (server, dial) => {
+      const [here, gone] = [await dial(), await dial()];
+      await until(() => room.size === 2);
+      const [, other] = room;
+      other?.close();
+      await here.send("hello\n");
+      await until(() => server.stats.errors === 1);
+      assert(told[0] instanceof Deno.errors.BadResource);
+      assertEquals(server.stats.aborted, 0);
+      gone.close();
+    });
+  },
+);
+
 networkTest("handleTimeout() that throws leaves the server open", async () => {
   class Faulty extends TcpServer {
     override handleTimeout() {
