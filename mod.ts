@@ -487,8 +487,14 @@ export function formatAddress(address: Deno.Addr): string {
 }
 
 function bracketed(hostname: string): string {
-  const host = hostname.replace(/^::ffff:(\d+\.\d+\.\d+\.\d+)$/i, "$1");
+  const host = hostname.replace(/^\[|\]$/g, "").replace(/^::ffff:(\d+\.\d+\.\d+\.\d+)$/i, "$1");
   return host.includes(":") ? `[${host}]` : host;
+}
+
+/** One spelling for each address: `127.1` and `[0:0:0:0:0:0:0:1]` have others. */
+function canonicalHost(hostname: string): string {
+  const host = bracketed(hostname);
+  return URL.canParse(`http://${host}`) ? new URL(`http://${host}`).hostname : host;
 }
 
 /** The least permissions that opening `address` takes. */
@@ -2881,7 +2887,8 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
    *
    * It may be called before the start, again (it is the same shutdown), and from
    * inside a handler: that one is not waited for by the promise, but
-   * `serveForever()` waits for it.
+   * `serveForever()` waits for it. (A handler of datagrams calls it before it
+   * awaits anything else; see {@linkcode DatagramServer}.)
    *
    * @param options `grace`: milliseconds before the rest are cut off, instead of
    * the server's option; 0 cuts at once, `Infinity` waits for ever.
@@ -4227,7 +4234,10 @@ export class UdpServer extends DatagramServer<Deno.NetAddr> {
 
 /**
  * A server of Unix datagrams: Python's `ThreadingUnixDatagramServer`. A client
- * that wants an answer binds its socket to a path of its own. The socket file is
+ * that wants an answer binds its socket to a path of its own. A client that does
+ * not read its answers is given up after a second; if it has connected its socket,
+ * the server's has to be made anew for that, and other clients that have connected
+ * theirs connect again. The socket file is
  * treated as {@linkcode UnixServer} treats its own. It needs `--unstable-net`,
  * `--allow-read` and `--allow-write` of its path and of its clients' paths.
  *
@@ -4459,6 +4469,9 @@ export type DatagramClientOptions =
 export class DatagramClient implements Disposable {
   readonly #socket: DatagramSocket;
   readonly #server: Deno.NetAddr | Deno.UnixAddr;
+  readonly #localPath: string;
+  /** The file that was made, to know it again. */
+  readonly #file: Deno.FileInfo | undefined;
   readonly #timeout: number;
   readonly #buffer = new Uint8Array(DATAGRAM_BUFFER_BYTES);
   /** A receive cannot be cancelled, so it may outlive the call that began it. */
@@ -4479,6 +4492,8 @@ export class DatagramClient implements Disposable {
     const { server, local } = resolveDatagramAddress(address);
     this.#server = server;
     this.#socket = tryTo("open a socket on", local, () => openDatagramSocket(local));
+    this.#localPath = "path" in local ? local.path : "";
+    this.#file = "path" in local ? fileAt(local.path) : undefined;
   }
 
   /**
@@ -4529,21 +4544,22 @@ export class DatagramClient implements Disposable {
     }
   }
 
-  /** Anybody can send to a datagram socket. A server that was named and not numbered is known by its port. */
+  /** Anybody can send to a datagram socket. A server whose number is not known is known by its port. */
   #isServer(from: Deno.Addr): boolean {
     const server = this.#server;
     // A Unix server may answer from a socket without a path.
     if ("path" in server) return !("path" in from && from.path) || from.path === server.path;
-    if (!("port" in from) || from.port !== server.port || !("hostname" in from)) return false;
-    return !/^[\d.]+$|:/.test(server.hostname) || bracketed(from.hostname) === bracketed(server.hostname);
+    if (!("hostname" in from) || from.port !== server.port) return false;
+    const expected = canonicalHost(server.hostname);
+    return !/^[\d.]+$|^\[/.test(expected) || /^(0\.0\.0\.0|\[::\])$/.test(expected) ||
+      canonicalHost(from.hostname) === expected;
   }
 
   /** Closes the socket; what waits rejects. */
   close(): void {
     this.#receiving?.catch(ignore);
     closeQuietly(this.#socket);
-    const { addr } = this.#socket;
-    if ("path" in addr && addr.path && fileAt(addr.path)?.isSocket) Deno.removeSync(addr.path);
+    if (this.#file !== undefined && isSameFile(fileAt(this.#localPath), this.#file)) Deno.removeSync(this.#localPath);
   }
 
   /** Closes the socket. */

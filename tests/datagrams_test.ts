@@ -1132,7 +1132,10 @@ for (const way of ["sendto", "connect"]) {
       await until(() => server.stats.active === 0);
       for (const error of server.errors) {
         assert(error instanceof Deno.errors.TimedOut);
-        assertMatch(error.message, /^Cannot reply with 30000 bytes to [^\n]*deaf\.sock: the client (took nothing for 1000 ms|takes nothing)$/);
+        assertMatch(
+          error.message,
+          /^Cannot reply with 30000 bytes to [^\n]*deaf\.sock: the client (took nothing for 1000 ms|takes nothing)$/,
+        );
       }
       await assertServes(path);
     });
