@@ -19,7 +19,7 @@ import {
   stdin,
   stdout,
 } from "./deps.ts";
-import { connect, IncompleteReadError, SocketStream } from "./mod.ts";
+import { connect, DatagramClient, formatAddress, IncompleteReadError, SocketStream } from "./mod.ts";
 
 const USAGE = `Sends what is typed, a line at a time, and prints what comes back.
 
@@ -29,6 +29,9 @@ Usage: deno run --allow-net client.ts [options] [MESSAGE...]
   --port PORT       the server's port (8009)
   --unix PATH       connect to a Unix socket instead; this needs
                     --allow-read=PATH --allow-write=PATH too
+  --udp             send each line as one datagram, without its line end; this
+                    needs --unstable-net too. With --unix it makes a socket
+                    beside PATH for the answers
   --timeout MS      how long to wait for the connection and for an answer;
                     Infinity waits for ever (10000)
   --retries N       try so often again when the connection fails (0)
@@ -45,8 +48,9 @@ const VERSION = "0.1.0";
 
 const FLAGS = {
   hostname: { type: "string", default: "127.0.0.1" },
-  port: { type: "string", default: "8009" },
+  port: { type: "string" }, // 8009, if there is no --unix.
   unix: { type: "string" },
+  udp: { type: "boolean", default: false },
   timeout: { type: "string", default: "10000" },
   retries: { type: "string", default: "0" },
   "keep-open": { type: "boolean", default: false },
@@ -55,32 +59,61 @@ const FLAGS = {
   version: { type: "boolean", default: false },
 } as const;
 
+/** The flags that take a number. */
+const NUMBERS = /^--(port|timeout|retries)$/;
+
 function number(flag: string, text: string, least: number, most = Infinity): number {
   const value = /^(\d+|Infinity)$/.test(text) ? Number(text) : NaN;
   if (value >= least && value <= most) return value;
-  throw new TypeError(`${flag} must be a whole number from ${least} to ${most}: it is "${text}"`);
+  const range = most === Infinity ? `, ${least} or more, or Infinity` : ` from ${least} to ${most}`;
+  throw new TypeError(`${flag} must be a whole number${range}: it is "${text}"`);
+}
+
+/** Parses the flags; what it throws is one sentence. */
+function parse(args: string[]) {
+  try {
+    return parseArgs({ args: withNegatives(args), options: FLAGS, allowPositionals: true });
+  } catch (error) {
+    throw error instanceof Error ? new TypeError(error.message.replace(/\.?\s+(To|This|Did) .*/s, "")) : error;
+  }
+}
+
+/** Writes `--port -1` as `--port=-1`, as the parser would take the number for a flag. */
+function withNegatives(args: string[]): string[] {
+  const joined: string[] = [];
+  for (const [index, arg] of args.entries()) {
+    const isNumber = /^-\d/.test(arg) && NUMBERS.test(args[index - 1] ?? "") && !args.slice(0, index).includes("--");
+    joined.push(isNumber ? `${joined.pop()}=${arg}` : arg);
+  }
+  return joined;
 }
 
 /** What the flags ask for; `null` if they only asked to be told something. */
 function readFlags(args: string[]) {
-  const { values: flags, positionals } = parseArgs({ args, options: FLAGS, allowPositionals: true });
+  const { values: flags, positionals } = parse(args);
   if (flags.help || flags.version) {
     console.log(flags.help ? USAGE : `client.ts ${VERSION}`);
     return null;
   }
-  const { hostname, unix } = flags;
+  const { hostname, unix, udp } = flags;
   if (hostname === "") throw new TypeError("--hostname must not be empty");
+  if (/\/|^[^:]*:[^:]*$|\]:/.test(hostname)) {
+    throw new TypeError(`--hostname takes a name or an address only; the port goes to --port: it is "${hostname}"`);
+  }
   if (unix === "") throw new TypeError("--unix must not be empty");
-  const port = number("--port", flags.port, 1, 65_535);
+  if (unix !== undefined && flags.port !== undefined) throw new TypeError("choose one of --port and --unix");
+  const port = number("--port", flags.port ?? "8009", 1, 65_535);
+  const timeout = number("--timeout", flags.timeout, 1);
+  const retries = number("--retries", flags.retries, 0);
+  if (udp && retries > 0) throw new TypeError("--retries is for connections, and --udp has none");
   return {
+    udp,
     keepOpen: flags["keep-open"],
-    lineEnd: flags["no-newline"] ? "" : "\n",
+    lineEnd: udp || flags["no-newline"] ? "" : "\n",
     messages: positionals,
-    target: {
-      ...(unix === undefined ? { hostname, port } : { path: unix }),
-      timeout: number("--timeout", flags.timeout, 1),
-      retries: number("--retries", flags.retries, 0),
-    },
+    target: unix === undefined ? { hostname, port } : { path: unix },
+    timeout,
+    retries,
   };
 }
 
@@ -105,8 +138,66 @@ async function* pipedLines(lineEnd: string): AsyncGenerator<Uint8Array> {
   for (let line; (line = await input.readUntil("\n")) !== null;) yield lineEnd === "" ? line.subarray(0, -1) : line;
 }
 
+/** A server of datagrams, to be talked to like a connection: each datagram is to be answered by one. */
+class DatagramPeer implements Disposable {
+  readonly #client: DatagramClient;
+  #unanswered = 0;
+  #isEnding = false;
+
+  constructor({ target, timeout }: Settings) {
+    const isUnix = "path" in target;
+    this.#client = new DatagramClient({
+      ...(isUnix ? { ...target, localPath: `${target.path}.client-${Deno.pid}` } : target),
+      timeout,
+    });
+  }
+
+  async send(data: Uint8Array | string): Promise<void> {
+    this.#unanswered++;
+    await this.#client.send(data);
+  }
+
+  /** The next answer; `null` at the end. It is waited for without end while nothing was asked. */
+  async recv(): Promise<Uint8Array | null> {
+    while (!this.#isOver) {
+      const isAsked = this.#unanswered > 0;
+      try {
+        const answer = await this.#client.recv();
+        this.#unanswered = Math.max(0, this.#unanswered - 1);
+        return answer;
+      } catch (error) {
+        if (this.#isOver) break;
+        if (isAsked || !(error instanceof Deno.errors.TimedOut)) throw error;
+      }
+    }
+    return null;
+  }
+
+  /** No more will be asked; what was asked may still be answered. */
+  closeWrite(): Promise<void> {
+    this.#isEnding = true;
+    if (this.#isOver) this.close();
+    return Promise.resolve();
+  }
+
+  close(): void {
+    this.#unanswered = 0;
+    this.#client.close();
+  }
+
+  [Symbol.dispose](): void {
+    this.close();
+  }
+
+  get #isOver(): boolean {
+    return this.#isEnding && this.#unanswered === 0;
+  }
+}
+
+type Server = SocketStream | DatagramPeer;
+
 /** Sends each line and prints its answer before the next one, then what is still coming. */
-async function exchange(server: SocketStream, lines: AsyncIterable<Uint8Array> | Uint8Array[]): Promise<void> {
+async function exchange(server: Server, lines: AsyncIterable<Uint8Array> | Uint8Array[]): Promise<void> {
   const output = Deno.stdout.writable.getWriter();
 
   async function print(data: Uint8Array) {
@@ -119,11 +210,13 @@ async function exchange(server: SocketStream, lines: AsyncIterable<Uint8Array> |
     const answer = await server.recv();
     if (answer === null) throw new Deno.errors.ConnectionReset();
     await print(answer);
+    const endsLine = server instanceof SocketStream || answer.at(-1) === LINE_FEED;
+    if (!endsLine && stdout.isTTY) await print(new Uint8Array([LINE_FEED]));
   }
 
   try {
     for await (const line of lines) {
-      if (line.length === 0) continue; // Nothing would answer it.
+      if (line.length === 0 && server instanceof SocketStream) continue; // Nothing would answer it.
       await server.send(line);
       await printAnswer();
     }
@@ -135,7 +228,7 @@ async function exchange(server: SocketStream, lines: AsyncIterable<Uint8Array> |
     await printAnswer();
   }
   try {
-    for await (const rest of server) await print(rest);
+    for (let rest; (rest = await server.recv()) !== null;) await print(rest);
   } catch (error) {
     if (!(error instanceof Deno.errors.TimedOut)) throw error;
     console.error("client.ts: the server has answered everything, but keeps the connection open");
@@ -143,7 +236,7 @@ async function exchange(server: SocketStream, lines: AsyncIterable<Uint8Array> |
 }
 
 /** Talks to a person: what the server says is printed above the prompt, whenever it comes. */
-async function converse(server: SocketStream, { keepOpen, lineEnd }: Settings): Promise<void> {
+async function converse(server: Server, { keepOpen, lineEnd }: Settings): Promise<void> {
   const terminal = createInterface({ input: stdin, output: stdout, prompt: ">>> " });
   let open = true;
   let asking = false; // The prompt is on the screen.
@@ -171,7 +264,7 @@ async function converse(server: SocketStream, { keepOpen, lineEnd }: Settings): 
   }
 
   async function printWhatComes() {
-    for await (const data of server) {
+    for (let data; (data = await server.recv()) !== null;) {
       const rows = asking ? erasePrompt(terminal) : 0;
       stdout.write(data);
       if (data.at(-1) !== LINE_FEED) stdout.write("\n");
@@ -207,14 +300,15 @@ const PARTING_MS = 1_000;
 const LINE_FEED = 0x0a;
 
 async function talk(settings: Settings): Promise<void> {
-  await using server = await connect(settings.target);
-  const { messages, lineEnd } = settings;
+  const { messages, lineEnd, udp, target, timeout, retries } = settings;
+  await using server = udp ? new DatagramPeer(settings) : await connect({ ...target, timeout, retries });
   try {
     if (messages.length > 0) {
       const encoder = new TextEncoder();
       await exchange(server, messages.map((message) => encoder.encode(message + lineEnd)));
     } else if (stdin.isTTY) {
-      server.timeout = Infinity; // A person may think for as long as they like.
+      // A person may think for as long as they like.
+      if (server instanceof SocketStream) server.timeout = Infinity;
       await converse(server, settings);
     } else {
       await exchange(server, pipedLines(lineEnd));
@@ -225,8 +319,13 @@ async function talk(settings: Settings): Promise<void> {
 }
 
 /** What the server did, for a person. */
-function explained(error: unknown, { target }: Settings): unknown {
-  if (error instanceof Deno.errors.TimedOut) return new Error(`the server did not answer within ${target.timeout} ms`);
+function explained(error: unknown, { udp, target, timeout }: Settings): unknown {
+  if (error instanceof Deno.errors.TimedOut) {
+    const where = "path" in target ? target.path : formatAddress({ transport: "udp", ...target });
+    return new Error(
+      udp ? `no answer from ${where} within ${timeout} ms` : `the server did not answer within ${timeout} ms`,
+    );
+  }
   const hasLeft = error instanceof Deno.errors.ConnectionReset || error instanceof Deno.errors.BrokenPipe;
   return hasLeft ? new Error("the server has left in the middle") : error;
 }

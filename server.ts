@@ -59,6 +59,12 @@ const FLAGS = {
   version: { type: "boolean", default: false },
 } as const;
 
+/** The flags that mean nothing to datagrams. */
+const FOR_CONNECTIONS = ["lines", "max-connections", "idle-timeout"] as const;
+
+/** The flags that take a number. */
+const NUMBERS = /^--(port|max-connections|idle-timeout)$/;
+
 /** Prints what happens; `--quiet` replaces it. */
 let log: (line: string) => void = console.log;
 
@@ -95,7 +101,11 @@ class StampDatagrams extends DatagramRequestHandler {
   override async handle() {
     log(`...datagram from: ${formatAddress(this.clientAddress)}`);
     const stamp = new TextEncoder().encode(`[${ctime(new Date())}] `);
-    await this.request.reply(new Uint8Array([...stamp, ...this.request.data]));
+    try {
+      await this.request.reply(new Uint8Array([...stamp, ...this.request.data]));
+    } catch (error) { // The answer is too long, or the client cannot be answered.
+      console.error(`server.ts: ${error instanceof Error ? error.message : error}`);
+    }
   }
 }
 
@@ -112,25 +122,54 @@ function number(flag: string, text: string, least: number, most = Infinity): num
   throw new TypeError(`${flag} must be a whole number${range}: it is "${text}"`);
 }
 
+/** Parses the flags; what it throws is one sentence. */
+function parse(args: string[]) {
+  try {
+    return parseArgs({ args: withNegatives(args), options: FLAGS });
+  } catch (error) {
+    throw error instanceof Error ? new TypeError(error.message.replace(/\.?\s+(To|This|Did) .*/s, "")) : error;
+  }
+}
+
+/** Writes `--port -1` as `--port=-1`, as the parser would take the number for a flag. */
+function withNegatives(args: string[]): string[] {
+  const joined: string[] = [];
+  for (const [index, arg] of args.entries()) {
+    const isNumber = /^-\d/.test(arg) && NUMBERS.test(args[index - 1] ?? "") && !args.slice(0, index).includes("--");
+    joined.push(isNumber ? `${joined.pop()}=${arg}` : arg);
+  }
+  return joined;
+}
+
 /** Makes what the flags ask for; `null` if they only asked to be told something. */
-function makeServer(args: string[]): StreamServer | null {
-  const { values: flags } = parseArgs({ args, options: FLAGS });
+function makeServer(args: string[]): StreamServer | DatagramServer | null {
+  const { values: flags } = parse(args);
   if (flags.help || flags.version) {
     console.log(flags.help ? USAGE : `server.ts ${VERSION}`);
     return null;
   }
   if (flags.quiet) log = () => {};
-  const Handler = flags.lines ? StampLines : StampChunks;
+  const { hostname, unix: path } = flags;
+  if (flags.port !== undefined && path !== undefined) throw new TypeError("choose one of --port and --unix");
+  const port = number("--port", flags.port ?? "8009", 0, 65_535);
   const options: ServerOptions = {
     maxConnections: number("--max-connections", flags["max-connections"], 1),
     idleTimeout: number("--idle-timeout", flags["idle-timeout"], 1),
   };
-  return flags.unix === undefined
-    ? new TcpServer({ hostname: flags.hostname, port: number("--port", flags.port, 0, 65_535) }, Handler, options)
-    : new UnixServer({ path: flags.unix }, Handler, options);
+  if (flags.udp) {
+    const senseless = FOR_CONNECTIONS.find((name) => flags[name] !== FLAGS[name].default);
+    if (senseless !== undefined) throw new TypeError(`--${senseless} is for connections, and --udp has none`);
+    return path === undefined
+      ? new UdpServer({ hostname, port }, StampDatagrams)
+      : new UnixDatagramServer({ path }, StampDatagrams);
+  }
+  const Handler = flags.lines ? StampLines : StampChunks;
+  return path === undefined
+    ? new TcpServer({ hostname, port }, Handler, options)
+    : new UnixServer({ path }, Handler, options);
 }
 
-async function serve(server: StreamServer): Promise<void> {
+async function serve(server: StreamServer | DatagramServer): Promise<void> {
   const signals = ["SIGINT", "SIGTERM"] as const;
   let received = 0;
   const stop = () => received++ === 0 ? void server.shutdown() : server.close();
@@ -142,8 +181,11 @@ async function serve(server: StreamServer): Promise<void> {
     for (const signal of signals) Deno.removeSignalListener(signal, stop);
   }
   const { cut } = await server.shutdown(); // It is over: this is its report.
-  const { accepted, bytesRead, bytesWritten } = server.stats;
-  log(`clients: ${accepted}, cut off: ${cut.length}, bytes in: ${bytesRead}, bytes out: ${bytesWritten}`);
+  const { accepted, dropped, bytesRead, bytesWritten } = server.stats;
+  const requests = server instanceof DatagramServer
+    ? `datagrams: ${accepted}, dropped: ${dropped}`
+    : `clients: ${accepted}, cut off: ${cut.length}`;
+  log(`${requests}, bytes in: ${bytesRead}, bytes out: ${bytesWritten}`);
 }
 
 if (import.meta.main) {

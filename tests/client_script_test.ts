@@ -64,6 +64,11 @@ programTest("behind -- a message may look like a flag", async () => {
   assertEquals((await runClient(server, ["--", "--help"])).stdout, "--help\n");
 });
 
+programTest("behind -- a number is a message, whatever stands before it", async () => {
+  await using server = new FakeServer(echo);
+  assertEquals((await runClient(server, ["--", "--timeout", "-1"])).stdout, "--timeout\n-1\n");
+});
+
 // --- Piped input ------------------------------------------------------------------
 
 const PIPED = [
@@ -189,6 +194,25 @@ const BAD_FLAGS = [
   { args: ["--keep-open=yes"], named: /'--keep-open'/ },
   { args: ["--hostname", ""], named: /--hostname/ },
   { args: ["--unix", ""], named: /--unix/ },
+  { args: ["--host", "x"], named: /: Unknown option '--host'; --help/ },
+  { args: ["-x"], named: /: Unknown option '-x'; --help/ },
+  { args: ["--port", "-1"], named: /: --port must be a whole number from 1 to 65535: it is "-1"; --help/ },
+  {
+    args: ["--timeout", "-1"],
+    named: /: --timeout must be a whole number, 1 or more, or Infinity: it is "-1"; --help/,
+  },
+  {
+    args: ["--retries", "-1"],
+    named: /: --retries must be a whole number, 0 or more, or Infinity: it is "-1"; --help/,
+  },
+  { args: ["--unix", "--keep-open"], named: /: Option '--unix' argument is ambiguous; --help/ },
+  { args: ["--port", "1", "--unix", "/tmp/a.sock"], named: /: choose one of --port and --unix; --help/ },
+  { args: ["--hostname", "http://x"], named: /: --hostname takes a name or an address only; the port goes to --port/ },
+  {
+    args: ["--hostname", "127.0.0.1:8009"],
+    named: /: --hostname takes a name or an address only; .*"127\.0\.0\.1:8009"/,
+  },
+  { args: ["--hostname", "[::1]:8009"], named: /: --hostname takes a name or an address only; / },
 ];
 
 programTest("a bad flag is named, and ends client.ts with 2", async (t) => {

@@ -178,6 +178,31 @@ networkTest("a client finds its server by name", async () => {
   });
 });
 
+for (
+  const [name, hostname] of [
+    ["of all interfaces", "0.0.0.0"],
+    ["written short", "127.1"],
+    ["in capitals", "LOCALHOST"],
+    ["that is IPv4 written as IPv6", "::ffff:127.0.0.1"],
+  ] as const
+) {
+  networkTest(`a client takes the answer of a server whose address is one ${name}`, async () => {
+    await withServer(new UdpServer({ hostname: "127.0.0.1", port: 0 }, Echo), async (_server, { port }, dial) => {
+      assertEquals(await ask(dial({ hostname, port, timeout: 1_000 }), "hello"), "hello");
+    });
+  });
+}
+
+if (hasIpv6()) {
+  for (const hostname of ["0:0:0:0:0:0:0:1", "[::1]", "::"]) {
+    networkTest(`a client takes the answer of a server whose address is written ${hostname}`, async () => {
+      await withServer(new UdpServer({ hostname: "::1", port: 0 }, Echo), async (_server, { port }, dial) => {
+        assertEquals(await ask(dial({ hostname, port, timeout: 1_000 }), "hello"), "hello");
+      });
+    });
+  }
+}
+
 networkTest("listen() resolves port 0, and a second call gives the same address", async () => {
   await using server = new UdpServer({ port: 0 }, Echo);
   const address = server.listen();
@@ -1052,6 +1077,19 @@ unixTest("a Unix client does not remove a file that is not its own", async (fold
   await withServer(new UnixDatagramServer({ path }, Echo), async () => {
     assertThrows(() => new DatagramClient({ path: `${folder}/other.sock`, localPath: path }).close(), Error);
     await assertServes(path);
+  });
+});
+
+unixTest("a Unix client that is closed again leaves the file of the next one alone", async (folder) => {
+  const path = `${folder}/server.sock`;
+  const localPath = `${folder}/client.sock`;
+  await withServer(new UnixDatagramServer({ path }, Echo), async (_server, _address, dial) => {
+    const first = dial({ path, localPath });
+    first.close();
+    const second = dial({ path, localPath });
+    first.close();
+    assert(exists(localPath));
+    assertEquals(await ask(second, "hello"), "hello");
   });
 });
 

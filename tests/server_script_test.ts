@@ -200,6 +200,16 @@ const BAD_FLAGS = [
   { args: ["--idle-timeout", "soon"], named: /--idle-timeout .*"soon"/ },
   { args: ["--quiet=yes"], named: /'--quiet'/ },
   { args: ["8009"], named: /'8009'/ },
+  { args: ["--nope"], named: /: Unknown option '--nope'; --help/ },
+  { args: ["--host", "x"], named: /: Unknown option '--host'; --help/ },
+  { args: ["--port", "-1"], named: /: --port must be a whole number from 0 to 65535: it is "-1"; --help/ },
+  {
+    args: ["--max-connections", "-1"],
+    named: /: --max-connections must be a whole number, 1 or more, or Infinity: it is "-1"; --help/,
+  },
+  { args: ["--idle-timeout", "-1.5"], named: /: --idle-timeout .*"-1\.5"; --help/ },
+  { args: ["--unix", "--quiet"], named: /: Option '--unix' argument is ambiguous; --help/ },
+  { args: ["--port", "0", "--unix", "/tmp/a.sock"], named: /: choose one of --port and --unix; --help/ },
 ];
 
 programTest("a bad flag is named, and ends server.ts with 2", async (t) => {
