@@ -4471,7 +4471,7 @@ export class DatagramClient implements Disposable {
   readonly #server: Deno.NetAddr | Deno.UnixAddr;
   readonly #localPath: string;
   /** The file that was made, to know it again. */
-  readonly #file: Deno.FileInfo | undefined;
+  #file: Deno.FileInfo | undefined;
   readonly #timeout: number;
   readonly #buffer = new Uint8Array(DATAGRAM_BUFFER_BYTES);
   /** A receive cannot be cancelled, so it may outlive the call that began it. */
@@ -4559,7 +4559,8 @@ export class DatagramClient implements Disposable {
   close(): void {
     this.#receiving?.catch(ignore);
     closeQuietly(this.#socket);
-    if (this.#file !== undefined && isSameFile(fileAt(this.#localPath), this.#file)) Deno.removeSync(this.#localPath);
+    if (isSameFile(fileAt(this.#localPath), this.#file)) Deno.removeSync(this.#localPath);
+    this.#file = undefined; // The next file may have the same number.
   }
 
   /** Closes the socket. */
