@@ -2514,9 +2514,10 @@ function defineTransport() {
     readonly #owner: TransportOwner;
     readonly #input = new ReadBuffer();
     #room = NO_BYTES;
-    /** Bytes of the room that came while nobody wanted them. */
+    /** Bytes of the room that came while the stream was paused. */
     #held = 0;
     #flowing = false;
+    #wanted = true;
     #reading = false;
     #writing = 0;
     #idled = Promise.withResolvers<void>();
@@ -2525,6 +2526,15 @@ function defineTransport() {
       super();
       this.#conn = conn;
       this.#owner = owner;
+    }
+
+    /**
+     * Whether more is to be read. A pause of the TLS socket does not get here, but
+     * makes the runtime keep all that comes, however much it is.
+     */
+    set wanted(isWanted: boolean) {
+      this.#wanted = isWanted;
+      this.#readOn();
     }
 
     /** Whether all that was written has left. */
@@ -2579,7 +2589,7 @@ function defineTransport() {
     }
 
     #readOn(): void {
-      if (this.#reading || !this.#flowing) return;
+      if (this.#reading || !this.#flowing || !this.#wanted) return;
       this.#reading = true;
       this.#room = this.#input.room();
       this.#conn.read(this.#room).then(this.#onRead, this.#onFailure);
@@ -2668,8 +2678,8 @@ class TlsConn implements StreamConn, TransportOwner {
     if (this.#ended || this.#truncated) return Promise.resolve(null);
     const settled = Promise.withResolvers<number | null>();
     this.#reader = { into, settled };
-    if (this.#socket?.isPaused()) this.#socket.resume();
     if (this.#transportEnded) this.#judgeEnd();
+    else this.#transport.wanted = true;
     return settled.promise;
   }
 
@@ -2770,6 +2780,7 @@ class TlsConn implements StreamConn, TransportOwner {
   /** The handshake is over; from now on what comes is kept for the reader. */
   #take(socket: TlsSocket): void {
     this.#socket = socket;
+    this.#transport.wanted = false;
     socket.on("error", (error) => this.#fail(tlsError(error)));
     socket.on("data", (bytes: Uint8Array<ArrayBuffer>) => this.#receive(bytes));
     socket.on("end", () => this.#noteEnd());
@@ -2807,10 +2818,10 @@ class TlsConn implements StreamConn, TransportOwner {
 
   #receive(bytes: Uint8Array<ArrayBuffer>): void {
     this.#received = this.#received.length === 0 ? bytes : joinBytes(this.#received, bytes);
+    this.#transport.wanted = false;
     const reader = this.#reader;
     this.#reader = undefined;
     reader?.settled.resolve(this.#takeInto(reader.into));
-    if (this.#received.length > 0) this.#socket?.pause();
   }
 
   #takeInto(into: Uint8Array): number {
