@@ -29,6 +29,10 @@ Usage: deno run --allow-net client.ts [options] [MESSAGE...]
   --port PORT       the server's port (8009)
   --unix PATH       connect to a Unix socket instead; this needs
                     --allow-read=PATH --allow-write=PATH too
+  --tls             encrypt with TLS; the server's certificate is checked
+  --ca FILE         trust the authority whose certificate is in FILE, instead
+                    of those that are well known; this needs --allow-read=FILE
+  --server-name NAME  the name that the certificate must have (the hostname)
   --timeout MS      how long to wait for the connection and for an answer;
                     Infinity waits for ever (10000)
   --retries N       try so often again when the connection fails (0)
@@ -47,6 +51,9 @@ const FLAGS = {
   hostname: { type: "string", default: "127.0.0.1" },
   port: { type: "string", default: "8009" },
   unix: { type: "string" },
+  tls: { type: "boolean", default: false },
+  ca: { type: "string" },
+  "server-name": { type: "string" },
   timeout: { type: "string", default: "10000" },
   retries: { type: "string", default: "0" },
   "keep-open": { type: "boolean", default: false },
@@ -61,6 +68,18 @@ function number(flag: string, text: string, least: number, most = Infinity): num
   throw new TypeError(`${flag} must be a whole number from ${least} to ${most}: it is "${text}"`);
 }
 
+/** The text of the file that `flag` names. */
+function read(flag: string, file: string): string {
+  try {
+    return Deno.readTextFileSync(file);
+  } catch (error) {
+    if (error instanceof Deno.errors.NotCapable) {
+      throw new TypeError(`${flag}: permission is missing; run again with --allow-read=${file}`);
+    }
+    throw new TypeError(`${flag}: cannot read ${file}`);
+  }
+}
+
 /** What the flags ask for; `null` if they only asked to be told something. */
 function readFlags(args: string[]) {
   const { values: flags, positionals } = parseArgs({ args, options: FLAGS, allowPositionals: true });
@@ -72,12 +91,21 @@ function readFlags(args: string[]) {
   if (hostname === "") throw new TypeError("--hostname must not be empty");
   if (unix === "") throw new TypeError("--unix must not be empty");
   const port = number("--port", flags.port, 1, 65_535);
+  const { tls, ca, "server-name": serverName } = flags;
+  if (!tls && (ca !== undefined || serverName !== undefined)) {
+    throw new TypeError(`${ca === undefined ? "--server-name" : "--ca"} is for --tls`);
+  }
+  const trust = {
+    ...(ca === undefined ? {} : { caCerts: [read("--ca", ca)] }),
+    ...(serverName === undefined ? {} : { serverName }),
+  };
   return {
     keepOpen: flags["keep-open"],
     lineEnd: flags["no-newline"] ? "" : "\n",
     messages: positionals,
     target: {
       ...(unix === undefined ? { hostname, port } : { path: unix }),
+      tls: tls && trust,
       timeout: number("--timeout", flags.timeout, 1),
       retries: number("--retries", flags.retries, 0),
     },

@@ -17,6 +17,7 @@ import {
   StreamRequestHandler,
   type StreamServer,
   TcpServer,
+  TlsServer,
   UnixServer,
 } from "./mod.ts";
 
@@ -28,6 +29,8 @@ Usage: deno run --allow-net server.ts [options]
   --port PORT            port to listen on; 0 takes a free one (8009)
   --unix PATH            listen on a Unix socket instead; this needs
                          --allow-read=PATH --allow-write=PATH too
+  --cert FILE            encrypt with TLS; FILE is the server's certificate, and
+  --key FILE             its private key; this needs --allow-read of both
   --lines                stamp each line, instead of each chunk as it arrives
   --max-connections N    serve so many clients at once, others wait (no limit)
   --idle-timeout MS      close clients that are silent for so long (never)
@@ -44,6 +47,8 @@ const FLAGS = {
   hostname: { type: "string", default: "127.0.0.1" },
   port: { type: "string", default: "8009" },
   unix: { type: "string" },
+  cert: { type: "string" },
+  key: { type: "string" },
   lines: { type: "boolean", default: false },
   "max-connections": { type: "string", default: "Infinity" },
   "idle-timeout": { type: "string", default: "Infinity" },
@@ -96,6 +101,18 @@ function number(flag: string, text: string, least: number, most = Infinity): num
   throw new TypeError(`${flag} must be a whole number from ${least} to ${most}: it is "${text}"`);
 }
 
+/** The text of the file that `flag` names. */
+function read(flag: string, file: string): string {
+  try {
+    return Deno.readTextFileSync(file);
+  } catch (error) {
+    if (error instanceof Deno.errors.NotCapable) {
+      throw new TypeError(`${flag}: permission is missing; run again with --allow-read=${file}`);
+    }
+    throw new TypeError(`${flag}: cannot read ${file}`);
+  }
+}
+
 /** Makes what the flags ask for; `null` if they only asked to be told something. */
 function makeServer(args: string[]): StreamServer | null {
   const { values: flags } = parseArgs({ args, options: FLAGS });
@@ -109,9 +126,13 @@ function makeServer(args: string[]): StreamServer | null {
     maxConnections: number("--max-connections", flags["max-connections"], 1),
     idleTimeout: number("--idle-timeout", flags["idle-timeout"], 1),
   };
-  return flags.unix === undefined
-    ? new TcpServer({ hostname: flags.hostname, port: number("--port", flags.port, 0, 65_535) }, Handler, options)
-    : new UnixServer({ path: flags.unix }, Handler, options);
+  const { unix, hostname, cert, key } = flags;
+  if ((cert === undefined) !== (key === undefined)) throw new TypeError("--cert and --key must be given together");
+  if (cert !== undefined && unix !== undefined) throw new TypeError("--cert is not for --unix");
+  if (unix !== undefined) return new UnixServer({ path: unix }, Handler, options);
+  const address = { hostname, port: number("--port", flags.port, 0, 65_535) };
+  if (cert === undefined || key === undefined) return new TcpServer(address, Handler, options);
+  return new TlsServer({ ...address, cert: read("--cert", cert), key: read("--key", key) }, Handler, options);
 }
 
 async function serve(server: StreamServer): Promise<void> {
