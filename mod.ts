@@ -37,8 +37,8 @@
  * └─ StreamRequestHandler     this.request is a SocketStream
  * ```
  *
- * Take `TcpServer` for the network and `UnixServer` for programs of the same
- * machine. A server that may serve one client at a time is
+ * Take `TcpServer` or, encrypted, `TlsServer` for the network and `UnixServer` for
+ * programs of the same machine. A server that may serve one client at a time is
  * `maxConnections: 1`. It is not an HTTP server: `Deno.serve` is.
  *
  * One connection goes through these calls, in this order:
@@ -52,7 +52,8 @@
  * | `finish()` | handler | is what `handle()` left; runs whenever `setup()` succeeded |
  * | `handleError()` | server | is what the handler left; runs only if something was thrown |
  *
- * Then the server sends what is still buffered and closes the stream.
+ * Then the server sends what is still buffered and closes the stream. A TLS
+ * handshake comes before all of them; a client that fails in it meets none.
  *
  * Units are milliseconds and bytes. Everything is bounded: a line and a frame
  * by `limit`, buffered writes by `highWaterMark`. A promise of a stream that a
