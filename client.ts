@@ -32,6 +32,10 @@ Usage: deno run --allow-net client.ts [options] [MESSAGE...]
   --udp             send each line as one datagram, without its line end; this
                     needs --unstable-net too. With --unix it makes a socket
                     beside PATH for the answers
+  --tls             encrypt with TLS; the server's certificate is checked
+  --ca FILE         trust the authority whose certificate is in FILE, instead
+                    of those that are well known; this needs --allow-read=FILE
+  --server-name NAME  the name that the certificate must have (the hostname)
   --timeout MS      how long to wait for the connection and for an answer;
                     Infinity waits for ever (10000)
   --retries N       try so often again when the connection fails (0)
@@ -51,6 +55,9 @@ const FLAGS = {
   port: { type: "string" }, // 8009, if there is no --unix.
   unix: { type: "string" },
   udp: { type: "boolean", default: false },
+  tls: { type: "boolean", default: false },
+  ca: { type: "string" },
+  "server-name": { type: "string" },
   timeout: { type: "string", default: "10000" },
   retries: { type: "string", default: "0" },
   "keep-open": { type: "boolean", default: false },
@@ -88,6 +95,18 @@ function withNegatives(args: string[]): string[] {
   return joined;
 }
 
+/** The text of the file that `flag` names. */
+function read(flag: string, file: string): string {
+  try {
+    return Deno.readTextFileSync(file);
+  } catch (error) {
+    if (error instanceof Deno.errors.NotCapable) {
+      throw new TypeError(`${flag}: permission is missing; run again with --allow-read=${file}`);
+    }
+    throw new TypeError(`${flag}: cannot read ${file}`);
+  }
+}
+
 /** What the flags ask for; `null` if they only asked to be told something. */
 function readFlags(args: string[]) {
   const { values: flags, positionals } = parse(args);
@@ -106,6 +125,15 @@ function readFlags(args: string[]) {
   const timeout = number("--timeout", flags.timeout, 1);
   const retries = number("--retries", flags.retries, 0);
   if (udp && retries > 0) throw new TypeError("--retries is for connections, and --udp has none");
+  const { tls, ca, "server-name": serverName } = flags;
+  if (!tls && (ca !== undefined || serverName !== undefined)) {
+    throw new TypeError(`${ca === undefined ? "--server-name" : "--ca"} is for --tls`);
+  }
+  if (udp && tls) throw new TypeError("--tls is for connections, and --udp has none");
+  const trust = {
+    ...(ca === undefined ? {} : { caCerts: [read("--ca", ca)] }),
+    ...(serverName === undefined ? {} : { serverName }),
+  };
   return {
     udp,
     keepOpen: flags["keep-open"],
@@ -114,6 +142,7 @@ function readFlags(args: string[]) {
     target: unix === undefined ? { hostname, port } : { path: unix },
     timeout,
     retries,
+    tls: tls && trust,
   };
 }
 

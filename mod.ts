@@ -30,6 +30,7 @@
  * BaseServer                  lifecycle, hooks, shutdown
  * ├─ StreamServer             accepts connections, hands out SocketStreams
  * │  ├─ TcpServer             { hostname, port }
+ * │  │  └─ TlsServer          { hostname, port, cert, key }
  * │  └─ UnixServer            { path }
  * └─ DatagramServer           receives datagrams, hands out Datagrams
  *    ├─ UdpServer             { hostname, port }
@@ -40,8 +41,8 @@
  * └─ DatagramRequestHandler   this.request is a Datagram
  * ```
  *
- * Take `TcpServer` for the network and `UnixServer` for programs of the same
- * machine. A server that may serve one client at a time is
+ * Take `TcpServer` or, encrypted, `TlsServer` for the network and `UnixServer` for
+ * programs of the same machine. A server that may serve one client at a time is
  * `maxConnections: 1`. It is not an HTTP server: `Deno.serve` is.
  *
  * One connection goes through these calls, in this order:
@@ -55,7 +56,8 @@
  * | `finish()` | handler | is what `handle()` left; runs whenever `setup()` succeeded |
  * | `handleError()` | server | is what the handler left; runs only if something was thrown |
  *
- * Then the server sends what is still buffered and closes the stream.
+ * Then the server sends what is still buffered and closes the stream. A TLS
+ * handshake comes before all of them; a client that fails in it meets none.
  *
  * Units are milliseconds and bytes. Everything is bounded: a line and a frame
  * by `limit`, buffered writes by `highWaterMark`. A promise of a stream's
@@ -159,6 +161,7 @@ const NETWORK_ERRORS = [
   Deno.errors.ConnectionAborted,
   Deno.errors.ConnectionRefused,
   Deno.errors.ConnectionReset,
+  Deno.errors.InvalidData,
   Deno.errors.NetworkUnreachable,
   Deno.errors.NotCapable,
   Deno.errors.NotFound,
@@ -336,6 +339,13 @@ export interface DialOptions extends StreamOptions {
    * @default {0}
    */
   retries?: number;
+  /**
+   * Whether the connection is encrypted with TLS, and whom to trust. The handshake
+   * is a part of the try, under the same `timeout`.
+   *
+   * @default {false}
+   */
+  tls?: boolean | TlsClientSettings;
   /** Ends the tries and the waits between them; the promise rejects with its reason. */
   signal?: AbortSignal;
   /**
@@ -382,7 +392,7 @@ const DATAGRAM_SERVER_DEFAULTS: Required<DatagramServerOptions> = {
   grace: 10_000,
 };
 
-const DIAL_DEFAULTS: Omit<Required<DialOptions>, "signal"> = {
+const DIAL_DEFAULTS: Omit<Required<DialOptions>, "signal" | "tls"> = {
   ...STREAM_DEFAULTS,
   retries: 0,
   noDelay: true,
@@ -402,6 +412,7 @@ const NUMBER_RULES: Record<string, "above 0" | "0 or more" | "whole, 1 or more" 
   maxConnections: "whole, 1 or more",
   maxConcurrent: "whole, 1 or more",
   grace: "0 or more",
+  handshakeTimeout: "above 0",
   retries: "whole, 0 or more",
   tcpBacklog: "whole, 1 or more",
   mode: "whole, 0 or more",
@@ -848,7 +859,7 @@ interface WriteQueueOwner {
  * interleaves. Small writes gather in a block behind the last job.
  */
 class WriteQueue {
-  readonly #conn: StreamConn;
+  #conn: StreamConn;
   readonly #highWaterMark: number;
   readonly #owner: WriteQueueOwner;
   readonly #jobs: WriteJob[] = [];
@@ -860,6 +871,8 @@ class WriteQueue {
   #failed = false;
   #ending: Promise<void> | undefined;
   #flushScheduled = false;
+  /** Nothing new may be written, as the connection is about to be another. */
+  #held = false;
   /** Bytes that `write()` took and that are not sent yet. */
   #buffered = 0;
   bytesWritten = 0;
@@ -907,7 +920,21 @@ class WriteQueue {
 
   closeWrite(): Promise<void> {
     if (this.#failed) return rejection(this.#failure);
+    if (this.#held) return this.#refuse("closeWrite()");
     return this.#ending ??= this.#enqueue({ bytes: NO_BYTES, endsStream: true });
+  }
+
+  /** Sends what waits and takes nothing new until {@linkcode WriteQueue.goOn}. */
+  hold(): Promise<void> {
+    if (this.#refuses) return this.#refuse("startTls()");
+    this.#held = true;
+    return this.flush();
+  }
+
+  /** Writes to `conn` from now on. */
+  goOn(conn: StreamConn): void {
+    this.#conn = conn;
+    this.#held = false;
   }
 
   /** Sends what was gathered, unless it will go out by itself. */
@@ -933,11 +960,12 @@ class WriteQueue {
   }
 
   get #refuses(): boolean {
-    return this.#failed || this.#ending !== undefined;
+    return this.#failed || this.#ending !== undefined || this.#held;
   }
 
   #refuse(call: string): Promise<never> {
     if (this.#failed) return rejection(this.#failure);
+    if (this.#held) return rejection(new Deno.errors.Busy(`Cannot ${call}: startTls() is under way`));
     return rejection(new Deno.errors.BrokenPipe(`Cannot ${call}: closeWrite() has ended this side of the stream`));
   }
 
@@ -1076,6 +1104,8 @@ interface Reader {
   /** Answers the read if it can be answered by now. */
   readonly advance: () => boolean;
   readonly reject: (error: unknown) => void;
+  /** How long it waits. */
+  readonly timeout: number;
   /** When its patience ends, which bytes that drip in do not prolong. */
   readonly expiresAt: number;
   /** The caller's own array, where the read has one. */
@@ -1101,6 +1131,8 @@ interface StreamControl {
   completedReads(): number;
   /** Closes at once and drops what is buffered; `error` is what the stream's calls reject with. */
   cut(stream: SocketStream, error: Error): void;
+  /** Does a handshake that was prepared once for many streams. */
+  startTls(stream: SocketStream, handshake: Handshake): Promise<void>;
 }
 let control: StreamControl;
 
@@ -1115,7 +1147,8 @@ let control: StreamControl;
  *
  * Read: `recv`, `read`, `readExactly`, `readUntil`, `readLine`, `lines`, `frames`,
  * `for await`. Write: `write`, `flush`, `send`, `writeFrame`, `closeWrite`.
- * Look: `localAddress`, `remoteAddress`, `bytesRead`, `bytesWritten`.
+ * Look: `localAddress`, `remoteAddress`, `bytesRead`, `bytesWritten`, `tls`. Turn:
+ * `startTls`.
  *
  * Any call rejects with the connection's own error (`Deno.errors.ConnectionReset`,
  * `Deno.errors.BrokenPipe`) when the peer is gone, with `Deno.errors.TimedOut` when
@@ -1142,11 +1175,12 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
       endBetweenMessages: (stream, isLate) => stream.#endBetweenMessages(isLate),
       completedReads: () => SocketStream.#completedReads,
       cut: (stream, error) => stream.#cut(error),
+      startTls: (stream, handshake) => stream.#startTls(handshake),
     };
   }
 
   static #completedReads = 0;
-  readonly #conn: StreamConn;
+  #conn: StreamConn;
   readonly #limit: number;
   readonly #idleTimeout: number;
   readonly #input = new ReadBuffer();
@@ -1224,6 +1258,11 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   /** Bytes that were handed to the kernel so far. */
   get bytesWritten(): number {
     return this.#output.bytesWritten;
+  }
+
+  /** What the TLS handshake has agreed on, and who the peer is; `undefined` on a plain stream. */
+  get tls(): TlsSession | undefined {
+    return this.#conn instanceof TlsConn ? this.#conn.session : undefined;
   }
 
   /** Milliseconds that one read or write may wait; above 0, `Infinity` for ever. A change counts from the next call on. */
@@ -1636,6 +1675,97 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     await this.#lingering;
   }
 
+  /**
+   * Goes on with TLS over the same connection (STARTTLS), in the middle of a
+   * conversation: both sides have to agree on that moment in plain text before.
+   *
+   * What was written before is sent first. Nothing may have been received that is
+   * not read yet: it came in plain text, so that anybody could have put it there to
+   * be taken for what the peer says under the protection of TLS.
+   *
+   * @param options Which side this is (`role`), its certificate or whom it trusts,
+   * and `handshakeTimeout`.
+   * @returns Resolves when the handshake is over; `stream.tls` says what it has
+   * agreed on. If it fails, the stream is closed.
+   * @throws {Deno.errors.Busy} If another read waits, or received bytes are unread;
+   * the stream is as it was.
+   * @throws {Deno.errors.InvalidData} If the peer speaks no TLS, or its certificate
+   * is not valid; or if a certificate or key of `options` is none.
+   * @throws {Deno.errors.TimedOut} If it took longer than `handshakeTimeout`.
+   * @throws {TypeError} If the stream has TLS already, or an option does not exist.
+   *
+   * @example Both sides
+   * ```ts
+   * import { SocketStream } from "@socketserver/socketserver";
+   *
+   * async function serve(stream: SocketStream, cert: string, key: string) {
+   *   if (await stream.readLine() !== "STARTTLS") return;
+   *   await stream.write("GO AHEAD\n");
+   *   await stream.startTls({ role: "server", cert, key });
+   * }
+   *
+   * async function use(stream: SocketStream) {
+   *   await stream.send("STARTTLS\n");
+   *   await stream.readLine();
+   *   await stream.startTls({ role: "client", serverName: "example.org" });
+   * }
+   * ```
+   */
+  async startTls(options: StartTlsOptions): Promise<void> {
+    await this.#startTls(prepareHandshake(options));
+  }
+
+  async #startTls(handshake: Handshake): Promise<void> {
+    this.#checkReadyForTls();
+    const interruption = new AbortController();
+    const { timeout } = handshake;
+    // It is a read like any other: a second one is refused, and it has its deadline.
+    this.#reader = {
+      call: "startTls()",
+      advance: () => false,
+      into: undefined,
+      timeout,
+      expiresAt: performance.now() + timeout,
+      startsMessage: false,
+      reject: (error) => {
+        interruption.abort(error);
+        this.#cut(error);
+      },
+    };
+    this.#watchDeadlines();
+    try {
+      await this.#output.hold();
+      this.#adopt(await handshake.run(this.#conn, interruption.signal));
+    } catch (error) {
+      this.#reader = undefined;
+      this.#cut(error);
+      throw error;
+    }
+  }
+
+  #checkReadyForTls(): void {
+    if (this.#readFailed) throw this.#readFailure;
+    if (this.#conn instanceof TlsConn) throw new TypeError("Cannot startTls(): the stream has TLS already");
+    if (this.#ended) throw new Deno.errors.BrokenPipe("Cannot startTls(): the peer has ended its side of the stream");
+    if (this.#reader !== undefined || this.#filling) {
+      throw new Deno.errors.Busy(
+        `Cannot startTls(): ${this.#reader?.call ?? "an earlier read"} waits on the same stream`,
+      );
+    }
+    if (this.#input.length > 0) {
+      throw new Deno.errors.Busy(
+        `Cannot startTls(): ${this.#input.length} bytes that came in plain text are unread; read them, or close`,
+      );
+    }
+  }
+
+  #adopt(conn: TlsConn): void {
+    this.#reader = undefined;
+    this.#conn = conn;
+    this.#output.goOn(conn);
+    if (this.#closed) closeQuietly(conn); // It was closed in the same moment.
+  }
+
   /** The incoming side as a web stream, made at the first use. Cancelling it closes both sides; reading its end does not. */
   get readable(): ReadableStream<Uint8Array<ArrayBuffer>> {
     return this.#readable ??= new ReadableStream<Uint8Array<ArrayBuffer>>({
@@ -1686,6 +1816,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
       call,
       advance,
       into,
+      timeout: this.#timeout,
       expiresAt: this.#timeout === Infinity ? Infinity : performance.now() + this.#timeout,
       startsMessage,
       reject: (error) => {
@@ -1890,7 +2021,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     return this.#draining === "late" || !this.#unanswered;
   }
 
-  #cut(error: Error): void {
+  #cut(error: unknown): void {
     this.#shut(error);
     this.#rejectReader(this.#readFailure);
     this.#output.fail(this.#own(error));
@@ -1898,7 +2029,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /** The stream takes no more calls; what waits to be sent may still leave. */
-  #shut(error: Error): void {
+  #shut(error: unknown): void {
     if (this.#closed) return;
     this.#closed = true;
     deadlines.unwatch(this.#timed);
@@ -1949,7 +2080,8 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     const reader = this.#reader;
     if (reader === undefined || now < reader.expiresAt) return;
     this.#reader = undefined;
-    reader.reject(this.#own(new Deno.errors.TimedOut(`${reader.call} waited for the timeout of ${this.#timeout} ms`)));
+    const message = `${reader.call} waited for the timeout of ${reader.timeout} ms`;
+    reader.reject(this.#own(new Deno.errors.TimedOut(message)));
   }
 }
 
@@ -2173,6 +2305,767 @@ export function socketPair(options: StreamOptions = {}): [SocketStream, SocketSt
   ];
 }
 
+// --- TLS --------------------------------------------------------------------
+
+/** A certificate and its private key. */
+export interface TlsCertificate {
+  /** The certificate, and behind it those between it and the authority's, in PEM form. */
+  cert: string;
+  /** The certificate's private key, in PEM form and not encrypted. */
+  key: string;
+}
+
+/** What the server's side of TLS is told. */
+export interface TlsServerSettings extends TlsCertificate {
+  /**
+   * The authorities of client certificates, in PEM form. With it a client that has
+   * no valid certificate of theirs is turned away before a handler exists.
+   *
+   * @default No certificate is asked for.
+   */
+  clientCa?: string | string[];
+  /**
+   * The protocols that are offered by ALPN, the best one first. A client that asks
+   * for others only is turned away; one that does not ask is served.
+   *
+   * @default {[]}
+   */
+  alpnProtocols?: string[];
+}
+
+/** What the client's side of TLS is told. The server's certificate is always checked. */
+export interface TlsClientSettings {
+  /**
+   * The authorities to trust, in PEM form, in place of those that the runtime trusts.
+   *
+   * @default Those that the runtime trusts.
+   */
+  caCerts?: string[];
+  /**
+   * The name, or the IP address, that the server's certificate must have.
+   *
+   * @default The `hostname` of `connect()`.
+   */
+  serverName?: string;
+  /**
+   * The protocols that are asked for by ALPN, the best one first.
+   *
+   * @default {[]}
+   */
+  alpnProtocols?: string[];
+  /** This client's own certificate, in PEM form, for a server that asks for one; needs `key`. */
+  cert?: string;
+  /** The private key of `cert`, in PEM form and not encrypted. */
+  key?: string;
+}
+
+/** What {@linkcode SocketStream.startTls} is told: which side this is, and that side's settings. */
+export type StartTlsOptions =
+  & {
+    /**
+     * Milliseconds that the handshake may take; above 0, `Infinity` for ever. Then
+     * it rejects with `Deno.errors.TimedOut`, and the stream is closed.
+     *
+     * @default {5_000}
+     */
+    handshakeTimeout?: number;
+  }
+  & (
+    | {
+      /** This side has the certificate. */
+      role: "server";
+    } & TlsServerSettings
+    | {
+      /** This side checks the certificate. */
+      role: "client";
+      /** The name, or the IP address, that the server's certificate must have. */
+      serverName: string;
+    } & TlsClientSettings
+  );
+
+/** A certificate of the peer that was verified. */
+export interface PeerCertificate {
+  /** The name that it was made out to: its common name, "" if it has not exactly one. */
+  readonly commonName: string;
+  /** Its further names, such as `DNS:example.org, IP Address:192.0.2.1`; "" if there are none. */
+  readonly altNames: string;
+  /** All parts of the name that it was made out to, one a line. */
+  readonly subject: string;
+  /** All parts of its authority's name, one a line. */
+  readonly issuer: string;
+  /** Its number at its authority, in hexadecimal. */
+  readonly serialNumber: string;
+  /** The SHA-256 hash of the certificate, in hexadecimal with colons. */
+  readonly fingerprint256: string;
+  /** When it begins to be valid. */
+  readonly validFrom: Date;
+  /** When it ends to be valid. */
+  readonly validTo: Date;
+  /** The certificate itself, in DER form. */
+  readonly raw: Uint8Array;
+}
+
+/** What a handshake has agreed on; `stream.tls`. */
+export interface TlsSession {
+  /** The version, such as `"TLSv1.3"`. */
+  readonly protocol: string;
+  /** The cipher suite, such as `"TLS_AES_256_GCM_SHA384"`. */
+  readonly cipher: string;
+  /** What was agreed on by ALPN; `undefined` if one side has not asked. */
+  readonly alpnProtocol: string | undefined;
+  /** The name that the client has asked for (SNI); `undefined` if it has not, or asked for an IP address. */
+  readonly serverName: string | undefined;
+  /** The peer's certificate. Never one that was not verified: a server has one only with `clientCa`. */
+  readonly peerCertificate: PeerCertificate | undefined;
+  /**
+   * Whether the incoming side has ended without the peer saying so (TLS's
+   * close_notify). Many honest programs leave that way, so it reads as the end of
+   * the stream and can still be answered; but where the end is the end of the data,
+   * somebody may have cut them short.
+   */
+  readonly truncated: boolean;
+}
+
+/** Long enough for a slow line, short enough that peers which stall hold few descriptors. */
+const HANDSHAKE_TIMEOUT_MS = 5_000;
+
+/** Bytes that are encrypted at once, so that a stalled peer is noticed in the middle of a large write. */
+const TLS_WRITE_BYTES = 65_536;
+
+/** Authorities between a certificate and one that is trusted; real ones have three at most. */
+const MAX_CHAIN_LENGTH = 8;
+
+/** The purpose "may be a TLS client" of a certificate; RFC 5280, 4.2.1.12. */
+const CLIENT_PURPOSE = "1.3.6.1.5.5.7.3.2";
+
+/** The purpose "may be a TLS server" of a certificate. */
+const SERVER_PURPOSE = "1.3.6.1.5.5.7.3.1";
+
+type TlsSocket = import("node:tls").TLSSocket;
+type Certificate = import("node:crypto").X509Certificate;
+
+/**
+ * The modules of the runtime that TLS takes. They are loaded at the first use,
+ * which takes some 30 ms, and not at the import; and without a promise, so that
+ * `listen()` stays as simple as a plain server's.
+ */
+const runtime = {
+  get tls() {
+    return process.getBuiltinModule("node:tls");
+  },
+  get crypto() {
+    return process.getBuiltinModule("node:crypto");
+  },
+  get net() {
+    return process.getBuiltinModule("node:net");
+  },
+  get stream() {
+    return process.getBuiltinModule("node:stream");
+  },
+};
+
+/** Throws unless `cert` and `key` can be used together. */
+function checkCertificate({ cert, key }: TlsCertificate): void {
+  const { X509Certificate, createPrivateKey } = runtime.crypto;
+  const certificate = attempt(
+    () => new X509Certificate(cert),
+    "cert holds no certificate in PEM form; give it the text of the certificate's file",
+  );
+  const privateKey = attempt(
+    () => createPrivateKey(key),
+    "key holds no private key in PEM form, or an encrypted one; give it the text of the key's file",
+  );
+  if (!certificate.checkPrivateKey(privateKey)) {
+    throw new Deno.errors.InvalidData("key is not the key of cert; give the two that were made together");
+  }
+}
+
+/** Who may vouch for a peer. */
+interface Authorities {
+  /** Their certificates in PEM form. */
+  readonly texts: string[];
+  readonly certificates: Certificate[];
+}
+
+/** The authorities of the option `name`; throws if one of `texts` holds none. */
+function readAuthorities(name: string, texts: string[]): Authorities {
+  const message = `${name} must hold certificates in PEM form; give it the text of the authority's certificate file`;
+  // An empty list would trust nobody, but `node:tls` takes it for no list at all.
+  if (texts.length === 0) throw new Deno.errors.InvalidData(message);
+  const certificates = attempt(() => texts.map(certificatesIn), message);
+  if (certificates.some((found) => found.length === 0)) throw new Deno.errors.InvalidData(message);
+  return { texts, certificates: certificates.flat() };
+}
+
+function attempt<T>(action: () => T, message: string): T {
+  try {
+    return action();
+  } catch (error) {
+    throw new Deno.errors.InvalidData(message, { cause: error });
+  }
+}
+
+/** All certificates of a text in PEM form. */
+function certificatesIn(text: string): Certificate[] {
+  const { X509Certificate } = runtime.crypto;
+  const blocks = text.match(/-----BEGIN [A-Z0-9 ]*CERTIFICATE-----[^-]*-----END [A-Z0-9 ]*CERTIFICATE-----/g) ?? [];
+  return blocks.map((block) => new X509Certificate(block));
+}
+
+/** The certificates that the peer has shown, its own first. */
+function chainOf(socket: TlsSocket): Certificate[] {
+  const { X509Certificate } = runtime.crypto;
+  const chain: Certificate[] = [];
+  let link: import("node:tls").DetailedPeerCertificate | undefined = socket.getPeerCertificate(true);
+  while (link?.raw !== undefined && chain.length <= MAX_CHAIN_LENGTH) {
+    chain.push(new X509Certificate(link.raw));
+    link = link.issuerCertificate === link ? undefined : link.issuerCertificate;
+  }
+  return chain;
+}
+
+/**
+ * Whether one of `authorities` has vouched for the first of `chain`, for
+ * `purpose`. The runtime's `node:tls` (2.9.6) checks this too, but not always:
+ * where a certificate is of version 1, or its encoding is odd, it compares names
+ * and no signatures, so that anybody can make one; and a client that resumes a
+ * session is not asked again, even where that session is another server's, or had
+ * a certificate that was turned away.
+ */
+function isVouchedFor(chain: Certificate[], { certificates }: Authorities, purpose: string): boolean {
+  let [current] = chain;
+  // An own purpose forbids all others. The runtime's type has no `undefined`.
+  const purposes: string[] | undefined = current?.keyUsage;
+  if (purposes !== undefined && !purposes.includes(purpose)) return false;
+  for (let links = 0; current !== undefined && links < MAX_CHAIN_LENGTH; links++) {
+    if (!isInForce(current)) return false;
+    const { fingerprint256 } = current;
+    if (certificates.some((authority) => authority.fingerprint256 === fingerprint256)) return true;
+    const issued = current;
+    if (certificates.some((authority) => hasIssued(authority, issued))) return true;
+    current = chain.find((link) => link.ca && hasIssued(link, issued));
+  }
+  return false;
+}
+
+function isInForce(certificate: Certificate): boolean {
+  const now = Date.now();
+  return isVersion3(certificate.raw) && Date.parse(certificate.validFrom) <= now &&
+    now <= Date.parse(certificate.validTo);
+}
+
+function hasIssued(issuer: Certificate, certificate: Certificate): boolean {
+  return issuer !== certificate && certificate.checkIssued(issuer) && certificate.verify(issuer.publicKey);
+}
+
+/** Whether a certificate in DER form says that it is not of version 1; RFC 5280, 4.1. */
+function isVersion3(der: Uint8Array): boolean {
+  const body = contentStart(der, 0);
+  return der[contentStart(der, body)] === 0xa0;
+}
+
+/** Where the content of the element at `at` begins: behind its tag and its length. */
+function contentStart(der: Uint8Array, at: number): number {
+  const length = der[at + 1] ?? 0;
+  return at + 2 + (length & 0x80 ? length & 0x7f : 0);
+}
+
+function describeCertificate(socket: TlsSocket, certificate: Certificate): PeerCertificate {
+  const commonName: unknown = socket.getPeerCertificate().subject?.CN;
+  return {
+    commonName: typeof commonName === "string" ? commonName : "",
+    altNames: certificate.subjectAltName ?? "",
+    subject: certificate.subject,
+    issuer: certificate.issuer,
+    serialNumber: certificate.serialNumber,
+    fingerprint256: certificate.fingerprint256,
+    validFrom: new Date(certificate.validFrom),
+    validTo: new Date(certificate.validTo),
+    raw: new Uint8Array(certificate.raw),
+  };
+}
+
+/** Why a handshake failed and what to do, for a person. */
+function explainTls(error: unknown): string {
+  switch (errorCode(error)) {
+    case "ERR_TLS_CERT_ALTNAME_INVALID":
+      return `the server's certificate is for another name; set serverName to one that it has (${messageOf(error)})`;
+    case "CERT_HAS_EXPIRED":
+      return "the server's certificate has expired; it needs a new one";
+    case "CERT_NOT_YET_VALID":
+      return "the server's certificate is not valid yet; check this machine's clock";
+    case "DEPTH_ZERO_SELF_SIGNED_CERT":
+    case "SELF_SIGNED_CERT_IN_CHAIN":
+    case "UNABLE_TO_GET_ISSUER_CERT":
+    case "UNABLE_TO_GET_ISSUER_CERT_LOCALLY":
+    case "UNABLE_TO_VERIFY_LEAF_SIGNATURE":
+      return "nobody who is trusted has vouched for the server's certificate; name its authority in caCerts";
+    case "ERR_SSL_WRONG_VERSION_NUMBER":
+      return "the peer does not speak TLS there; check the port";
+    default:
+      return `the TLS handshake failed (${messageOf(error)})`;
+  }
+}
+
+/** Who is told what happens to a {@linkcode Transport}. */
+interface TransportOwner {
+  /** No more comes from the peer. */
+  transportEnded(): void;
+  transportFailed(error: unknown): void;
+}
+
+/**
+ * What `node:tls` reads and writes its records through: our own connection, in
+ * the shape of a stream of `node:stream`. Of that it has only the shape: the
+ * stream's own buffers would cost a third of the throughput, and would lose the
+ * alert that tells a peer why its handshake failed.
+ */
+function defineTransport() {
+  return class Transport extends runtime.stream.Duplex {
+    readonly #conn: StreamConn;
+    readonly #owner: TransportOwner;
+    readonly #input = new ReadBuffer();
+    #room = NO_BYTES;
+    /** Bytes of the room that came while the stream was paused. */
+    #held = 0;
+    #flowing = false;
+    #wanted = true;
+    #reading = false;
+    #writing = 0;
+    #idled = Promise.withResolvers<void>();
+
+    constructor(conn: StreamConn, owner: TransportOwner) {
+      super();
+      this.#conn = conn;
+      this.#owner = owner;
+    }
+
+    /**
+     * Whether more is to be read. A pause of the TLS socket does not get here, but
+     * makes the runtime keep all that comes, however much it is.
+     */
+    set wanted(isWanted: boolean) {
+      this.#wanted = isWanted;
+      this.#readOn();
+    }
+
+    /** Whether all that was written has left. */
+    get isIdle(): boolean {
+      return this.#writing === 0;
+    }
+
+    /** Resolves when all that was written has left, or cannot leave. */
+    async idle(): Promise<void> {
+      if (!this.isIdle) await this.#idled.promise;
+    }
+
+    override pause(): this {
+      this.#flowing = false;
+      return this;
+    }
+
+    override resume(): this {
+      this.#flowing = true;
+      if (this.#held > 0) this.#deliver(this.#held);
+      this.#readOn();
+      return this;
+    }
+
+    override write(bytes: Uint8Array, ...rest: unknown[]): boolean {
+      const written = rest.at(-1);
+      const done = (error?: unknown) => {
+        this.#writing--;
+        if (error !== undefined) this.#owner.transportFailed(error);
+        if (typeof written === "function") written(error);
+        if (!this.isIdle) return;
+        this.#idled.resolve();
+        this.#idled = Promise.withResolvers();
+      };
+      this.#writing++;
+      this.#send(bytes, done);
+      return true;
+    }
+
+    /** Tells `node:tls` that it is over; the connection is its owner's to close. */
+    override destroy(): this {
+      this.#flowing = false;
+      this.emit("close");
+      return this;
+    }
+
+    #send(bytes: Uint8Array, done: (error?: unknown) => void): void {
+      this.#conn.write(bytes).then((count) => {
+        if (count < bytes.length) this.#send(bytes.subarray(count), done);
+        else done();
+      }, done);
+    }
+
+    #readOn(): void {
+      if (this.#reading || !this.#flowing || !this.#wanted) return;
+      this.#reading = true;
+      this.#room = this.#input.room();
+      this.#conn.read(this.#room).then(this.#onRead, this.#onFailure);
+    }
+
+    readonly #onRead = (count: number | null): void => {
+      if (count === null) return this.#owner.transportEnded(); // Nothing is read any more.
+      this.#reading = false;
+      if (this.#flowing) this.#deliver(count);
+      else this.#held = count;
+      this.#readOn();
+    };
+
+    readonly #onFailure = (error: unknown): void => this.#owner.transportFailed(error);
+
+    /** Hands out what came; who takes it copies it at once, so the room can be used again. */
+    #deliver(count: number): void {
+      this.#held = 0;
+      this.#input.commit(count);
+      this.#input.skip(count);
+      this.emit("data", this.#room.subarray(0, count));
+    }
+  };
+}
+
+let Transport: ReturnType<typeof defineTransport> | undefined;
+
+function openTransport(conn: StreamConn, owner: TransportOwner): InstanceType<ReturnType<typeof defineTransport>> {
+  Transport ??= defineTransport();
+  return new Transport(conn, owner);
+}
+
+/** A connection with TLS over it. It fails as a plain one does, and closing it frees the descriptor whatever the peer does. */
+class TlsConn implements StreamConn, TransportOwner {
+  readonly localAddr: Deno.Addr;
+  readonly remoteAddr: Deno.Addr;
+  readonly #conn: StreamConn;
+  readonly #transport: InstanceType<ReturnType<typeof defineTransport>>;
+  /** Settled when the handshake is over. */
+  readonly #secured = Promise.withResolvers<TlsSocket>();
+  #socket: TlsSocket | undefined;
+  #session: TlsSession | undefined;
+  /** What was decrypted and nobody has read yet. */
+  #received = NO_BYTES;
+  #reader: { readonly into: Uint8Array; readonly settled: PromiseWithResolvers<number | null> } | undefined;
+  #writer: PromiseWithResolvers<number> | undefined;
+  /** The peer has said that nothing more comes. */
+  #ended = false;
+  /** The connection has ended, whether or not the peer has said so. */
+  #transportEnded = false;
+  #truncated = false;
+  #failure: unknown;
+  #failed = false;
+  #closed = false;
+
+  private constructor(conn: StreamConn) {
+    this.localAddr = conn.localAddr;
+    this.remoteAddr = conn.remoteAddr;
+    this.#conn = conn;
+    this.#transport = openTransport(conn, this);
+    forgettable(this.#secured.promise);
+  }
+
+  /** Does the server's side of a handshake over `conn`, which is closed if it fails or `signal` aborts. */
+  static async accept(conn: StreamConn, settings: ServerHandshake, signal: AbortSignal): Promise<TlsConn> {
+    const tls = new TlsConn(conn);
+    await tls.#shakeHands(signal, () => tls.#beginAsServer(settings), settings.authorities, CLIENT_PURPOSE);
+    return tls;
+  }
+
+  /** Does the client's side of a handshake over `conn`, which is closed if it fails or `signal` aborts. */
+  static async connect(conn: StreamConn, settings: ClientHandshake, signal: AbortSignal): Promise<TlsConn> {
+    const tls = new TlsConn(conn);
+    await tls.#shakeHands(signal, () => tls.#beginAsClient(settings), settings.authorities, SERVER_PURPOSE);
+    return tls;
+  }
+
+  /** What the handshake has agreed on. */
+  get session(): TlsSession | undefined {
+    return this.#session;
+  }
+
+  read(into: Uint8Array): Promise<number | null> {
+    if (this.#received.length > 0) return Promise.resolve(this.#takeInto(into));
+    if (this.#failed) return rejection(this.#failure);
+    if (this.#ended || this.#truncated) return Promise.resolve(null);
+    const settled = Promise.withResolvers<number | null>();
+    this.#reader = { into, settled };
+    if (this.#transportEnded) this.#judgeEnd();
+    else this.#transport.wanted = true;
+    return settled.promise;
+  }
+
+  write(data: Uint8Array): Promise<number> {
+    if (this.#failed) return rejection(this.#failure);
+    const part = data.subarray(0, TLS_WRITE_BYTES);
+    const settled = this.#writer = Promise.withResolvers<number>();
+    this.#socket?.write(part, (error) => {
+      if (error) settled.reject(error);
+      else settled.resolve(part.length);
+    });
+    return settled.promise;
+  }
+
+  /** Says that nothing more comes from this side; the connection stays open for what the peer still sends. */
+  async closeWrite(): Promise<void> {
+    if (this.#failed) throw this.#failure;
+    await this.#end();
+    if (this.#failed) throw this.#failure;
+  }
+
+  close(): void {
+    if (this.#closed) throw new Deno.errors.BadResource("Bad resource ID");
+    this.#closed = true;
+    // A peer that takes nothing cannot be told either.
+    const canTell = this.#session !== undefined && !this.#failed && this.#transport.isIdle;
+    this.#fail(Object.assign(new Deno.errors.Interrupted("operation canceled"), { code: "EINTR" }));
+    if (!canTell) return this.#drop();
+    this.#socket?.end();
+    setImmediate(() => this.#drop());
+  }
+
+  transportEnded(): void {
+    this.#transportEnded = true;
+    if (this.#session === undefined) {
+      this.#fail(new Deno.errors.ConnectionReset("the peer has left during the TLS handshake"));
+    } else if (this.#reader !== undefined) {
+      this.#judgeEnd();
+    }
+  }
+
+  transportFailed(error: unknown): void {
+    this.#fail(error);
+  }
+
+  async #shakeHands(
+    signal: AbortSignal,
+    begin: () => void,
+    authorities: Authorities | undefined,
+    purpose: string,
+  ): Promise<void> {
+    const giveUp = () => this.#fail(signal.reason);
+    signal.addEventListener("abort", giveUp);
+    try {
+      signal.throwIfAborted();
+      begin();
+      this.#adopt(await this.#secured.promise, authorities, purpose);
+    } catch (error) {
+      this.#fail(error);
+      this.#closed = true;
+      await turn(); // The alert that tells the peer what went wrong is on its way.
+      this.#drop();
+      throw error;
+    } finally {
+      signal.removeEventListener("abort", giveUp);
+    }
+  }
+
+  #beginAsServer({ cert, key, authorities, alpnProtocols, timeout }: ServerHandshake): void {
+    // Nothing but the server's events tells which handshake is over, so each has a server of its own, which takes 0.2 ms.
+    const server = runtime.tls.createServer({
+      cert,
+      key,
+      ...(authorities === undefined ? {} : { ca: authorities.texts, requestCert: true, rejectUnauthorized: true }),
+      ...(alpnProtocols.length === 0 ? {} : { ALPNProtocols: alpnProtocols }),
+      // `signal` aborts before; but the runtime keeps all of a handshake that failed for as long as this.
+      handshakeTimeout: Math.min(timeout * 2, MAX_TIMER_MS),
+    });
+    server.on("secureConnection", (socket) => this.#take(socket));
+    server.on("tlsClientError", (error) => this.#fail(tlsError(error)));
+    server.emit("connection", this.#transport);
+  }
+
+  #beginAsClient({ authorities, serverName, alpnProtocols, cert, key }: ClientHandshake): void {
+    const socket = runtime.tls.connect({
+      socket: this.#transport,
+      host: serverName,
+      ...(runtime.net.isIP(serverName) > 0 ? {} : { servername: serverName }),
+      ...(authorities === undefined ? {} : { ca: authorities.texts }),
+      ...(cert === "" ? {} : { cert, key }),
+      ...(alpnProtocols.length === 0 ? {} : { ALPNProtocols: alpnProtocols }),
+      rejectUnauthorized: true, // An environment variable could say otherwise.
+    });
+    socket.on("error", (error) => this.#fail(tlsError(error)));
+    socket.on("secureConnect", () => this.#take(socket));
+  }
+
+  /** The handshake is over; from now on what comes is kept for the reader. */
+  #take(socket: TlsSocket): void {
+    this.#socket = socket;
+    this.#transport.wanted = false;
+    socket.on("error", (error) => this.#fail(tlsError(error)));
+    socket.on("data", (bytes: Uint8Array<ArrayBuffer>) => this.#receive(bytes));
+    socket.on("end", () => this.#noteEnd());
+    this.#secured.resolve(socket);
+  }
+
+  #adopt(socket: TlsSocket, authorities: Authorities | undefined, purpose: string): void {
+    if (this.#failed) throw this.#failure;
+    const asksForCertificate = authorities !== undefined || purpose === SERVER_PURPOSE;
+    const chain = asksForCertificate ? chainOf(socket) : [];
+    const [certificate] = chain;
+    if (asksForCertificate && !(socket.authorized && certificate !== undefined)) {
+      throw new Deno.errors.InvalidData("the peer has shown no valid certificate");
+    }
+    if (authorities !== undefined && !isVouchedFor(chain, authorities, purpose)) {
+      throw new Deno.errors.InvalidData("no trusted authority has vouched for the peer's certificate");
+    }
+    this.#session = this.#describe(socket, certificate);
+  }
+
+  #describe(socket: TlsSocket, certificate: Certificate | undefined): TlsSession {
+    const isTruncated = () => this.#truncated;
+    const serverName = "servername" in socket ? socket.servername : undefined;
+    return {
+      protocol: socket.getProtocol() ?? "",
+      cipher: socket.getCipher().name,
+      alpnProtocol: socket.alpnProtocol || undefined,
+      serverName: typeof serverName === "string" && serverName !== "" ? serverName : undefined,
+      peerCertificate: certificate === undefined ? undefined : describeCertificate(socket, certificate),
+      get truncated() {
+        return isTruncated();
+      },
+    };
+  }
+
+  #receive(bytes: Uint8Array<ArrayBuffer>): void {
+    this.#received = this.#received.length === 0 ? bytes : joinBytes(this.#received, bytes);
+    this.#transport.wanted = false;
+    const reader = this.#reader;
+    this.#reader = undefined;
+    reader?.settled.resolve(this.#takeInto(reader.into));
+  }
+
+  #takeInto(into: Uint8Array): number {
+    const part = this.#received.subarray(0, into.length);
+    into.set(part);
+    this.#received = this.#received.subarray(part.length);
+    return part.length;
+  }
+
+  #noteEnd(): void {
+    this.#ended = true;
+    this.#settleEnd();
+  }
+
+  #settleEnd(): void {
+    const reader = this.#reader;
+    this.#reader = undefined;
+    reader?.settled.resolve(null);
+  }
+
+  /** The connection is over; unless the peer has said so too, which shows in a moment, its end is not one. */
+  async #judgeEnd(): Promise<void> {
+    await turn();
+    await turn();
+    if (this.#reader === undefined || this.#failed || this.#socket?.readableLength !== 0) return;
+    this.#truncated = true;
+    this.#settleEnd();
+  }
+
+  async #end(): Promise<void> {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    this.#socket?.end(resolve);
+    await promise;
+    await turn(); // By now it is encrypted and handed to the transport.
+    await this.#transport.idle();
+  }
+
+  #fail(error: unknown): void {
+    if (this.#failed) return;
+    this.#failed = true;
+    this.#failure = error;
+    this.#secured.reject(error);
+    this.#reader?.settled.reject(error);
+    this.#reader = undefined;
+    const writer = this.#writer;
+    if (writer === undefined) return;
+    forgettable(writer.promise);
+    writer.reject(error);
+  }
+
+  #drop(): void {
+    this.#socket?.destroy();
+    this.#transport.destroy();
+    closeQuietly(this.#conn);
+  }
+}
+
+function tlsError(error: Error): Error {
+  return Object.assign(new Deno.errors.InvalidData(explainTls(error), { cause: error }), { code: errorCode(error) });
+}
+
+/** What a server's handshake takes, checked. */
+interface ServerHandshake extends TlsCertificate {
+  readonly authorities: Authorities | undefined;
+  readonly alpnProtocols: string[];
+  readonly timeout: number;
+}
+
+/** What a client's handshake takes, checked; `cert` is "" if it has none. */
+interface ClientHandshake extends TlsCertificate {
+  readonly authorities: Authorities | undefined;
+  readonly alpnProtocols: string[];
+  readonly serverName: string;
+}
+
+/** A handshake that can begin. */
+interface Handshake {
+  readonly timeout: number;
+  run(conn: StreamConn, signal: AbortSignal): Promise<TlsConn>;
+}
+
+const SERVER_SETTINGS: Required<TlsServerSettings> = { cert: "", key: "", clientCa: [], alpnProtocols: [] };
+
+const CLIENT_SETTINGS: Required<TlsClientSettings> = {
+  caCerts: [],
+  serverName: "",
+  alpnProtocols: [],
+  cert: "",
+  key: "",
+};
+
+/** Checks all options before anything is sent. */
+function prepareHandshake(options: StartTlsOptions): Handshake {
+  const { handshakeTimeout = HANDSHAKE_TIMEOUT_MS } = options;
+  checkNumber("handshakeTimeout", handshakeTimeout);
+  if (options.role === "server") {
+    const { role: _, handshakeTimeout: __, ...settings } = options;
+    return serverHandshake(settings, handshakeTimeout);
+  }
+  const { role: _, handshakeTimeout: __, ...settings } = options;
+  return clientHandshake(settings, handshakeTimeout);
+}
+
+function serverHandshake(settings: TlsServerSettings, timeout: number): Handshake {
+  const { cert, key, clientCa, alpnProtocols } = resolveOptions(SERVER_SETTINGS, settings);
+  checkCertificate({ cert, key });
+  const authorities = settings.clientCa === undefined ? undefined : readAuthorities("clientCa", [clientCa].flat());
+  const checked = { cert, key, authorities, alpnProtocols, timeout };
+  return { timeout, run: (conn, signal) => TlsConn.accept(conn, checked, signal) };
+}
+
+function clientHandshake(settings: TlsClientSettings, timeout: number): Handshake {
+  const { caCerts, serverName, alpnProtocols, cert, key } = resolveOptions(CLIENT_SETTINGS, settings);
+  if (serverName === "") throw new TypeError("serverName must not be empty: name whom the certificate must be for");
+  if (cert !== "" || key !== "") checkCertificate({ cert, key });
+  const authorities = settings.caCerts === undefined ? undefined : readAuthorities("caCerts", caCerts);
+  const checked = { authorities, serverName, alpnProtocols, cert, key };
+  return { timeout, run: (conn, signal) => TlsConn.connect(conn, checked, signal) };
+}
+
+function joinBytes(first: Uint8Array, second: Uint8Array): Uint8Array<ArrayBuffer> {
+  const bytes = new Uint8Array(first.length + second.length);
+  bytes.set(first);
+  bytes.set(second, first.length);
+  return bytes;
+}
+
+/** Resolves when this turn of the event loop is over. */
+function turn(): Promise<void> {
+  return new Promise((resolve) => void setImmediate(resolve));
+}
+
 // --- Connecting -------------------------------------------------------------
 
 /** The wait before the second try; short enough not to be noticed when a server restarts. */
@@ -2214,12 +3107,12 @@ const RETRY_MAX_MS = 5_000;
  * ```
  */
 export async function connect(options: ConnectOptions): Promise<SocketStream> {
-  const { address, signal, dial } = resolveConnectOptions(options);
+  const { address, signal, handshake, dial } = resolveConnectOptions(options);
   const { retries, noDelay: _, ...streamOptions } = dial;
   for (let tries = 1;; tries++) {
     signal?.throwIfAborted();
     try {
-      return new SocketStream(await dialOnce(address, dial, signal), streamOptions);
+      return new SocketStream(await dialOnce(address, dial, handshake, signal), streamOptions);
     } catch (error) {
       signal?.throwIfAborted();
       if (tries > retries || !isWorthRetrying(error)) throw dialError(error, address, tries);
@@ -2233,24 +3126,37 @@ type DialSettings = typeof DIAL_DEFAULTS;
 function resolveConnectOptions(options: ConnectOptions): {
   address: Deno.NetAddr | Deno.UnixAddr;
   signal: AbortSignal | undefined;
+  handshake: Handshake | undefined;
   dial: DialSettings;
 } {
   if ("path" in options) {
-    const { path, signal, ...dial } = options;
-    return { address: { transport: "unix", path }, signal, dial: resolveOptions(DIAL_DEFAULTS, dial) };
+    const { path, signal, tls, ...others } = options;
+    const dial = resolveOptions(DIAL_DEFAULTS, others);
+    return { address: { transport: "unix", path }, signal, handshake: dialHandshake(tls, "", dial), dial };
   }
-  const { hostname = "127.0.0.1", port, signal, ...dial } = options;
+  const { hostname = "127.0.0.1", port, signal, tls, ...others } = options;
   checkHostname(hostname);
   checkPort(port);
-  return { address: { transport: "tcp", hostname, port }, signal, dial: resolveOptions(DIAL_DEFAULTS, dial) };
+  const dial = resolveOptions(DIAL_DEFAULTS, others);
+  return { address: { transport: "tcp", hostname, port }, signal, handshake: dialHandshake(tls, hostname, dial), dial };
+}
+
+function dialHandshake(
+  tls: boolean | TlsClientSettings | undefined,
+  serverName: string,
+  { timeout }: DialSettings,
+): Handshake | undefined {
+  if (tls === undefined || tls === false) return undefined;
+  return clientHandshake({ serverName, ...(tls === true ? {} : tls) }, timeout);
 }
 
 /** One try, which ends at `timeout` whatever the system does meanwhile. */
 async function dialOnce(
   address: Deno.NetAddr | Deno.UnixAddr,
   { timeout, noDelay }: DialSettings,
+  handshake: Handshake | undefined,
   signal: AbortSignal | undefined,
-): Promise<Deno.Conn> {
+): Promise<StreamConn> {
   const ended = new AbortController();
   const { promise: gaveUp, reject } = Promise.withResolvers<never>();
   const timer = timeout === Infinity ? undefined : setTimeout(
@@ -2263,7 +3169,7 @@ async function dialOnce(
     ended.abort(error);
   }
   signal?.addEventListener("abort", onAbort);
-  const dialing = open(address, noDelay, ended.signal);
+  const dialing = open(address, noDelay, handshake, ended.signal);
   try {
     return await Promise.race([dialing, gaveUp]);
   } catch (error) {
@@ -2277,6 +3183,16 @@ async function dialOnce(
 }
 
 async function open(
+  address: Deno.NetAddr | Deno.UnixAddr,
+  noDelay: boolean,
+  handshake: Handshake | undefined,
+  signal: AbortSignal,
+): Promise<StreamConn> {
+  const conn = await openPlain(address, noDelay, signal);
+  return await handshake?.run(conn, signal) ?? conn;
+}
+
+async function openPlain(
   address: Deno.NetAddr | Deno.UnixAddr,
   noDelay: boolean,
   signal: AbortSignal,
@@ -2298,7 +3214,7 @@ function disableNagle(conn: Deno.Conn): void {
 /** Whether another try may turn out better: not after a missing permission or an address that cannot be. */
 function isWorthRetrying(error: unknown): boolean {
   return !(error instanceof Deno.errors.NotCapable || error instanceof TypeError || error instanceof RangeError ||
-    error instanceof URIError);
+    error instanceof URIError || error instanceof Deno.errors.InvalidData);
 }
 
 function dialError(error: unknown, address: Deno.Addr, tries: number): Error {
@@ -2567,6 +3483,8 @@ export interface ServerStats {
   readonly errors: number;
   /** Clients that left before they were accepted, and datagrams that could not be received. */
   readonly lost: number;
+  /** Clients whose TLS handshake failed or took too long, or that have no certificate where one is asked for. */
+  readonly handshakeFailures: number;
   /** Datagrams that came while as many were served as may be. */
   readonly dropped: number;
   /** Times that the system ran out of descriptors or memory. */
@@ -2692,6 +3610,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     timedOut: 0,
     errors: 0,
     lost: 0,
+    handshakeFailures: 0,
     dropped: 0,
     overloads: 0,
     /** Since the shutdown began. */
@@ -2760,6 +3679,11 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   protected abstract closeRequest(request: Request): Promise<void> | undefined;
   /** Ends `request` now; what its handler waits for rejects with `error`. */
   protected abstract cutRequest(request: Request, error: Error): void;
+
+  /** Readies `request` before anything else is done with it, if there is something to ready; resolves to `false` if it cannot be served. Never rejects. */
+  protected prepareRequest(_request: Request): Promise<boolean> | undefined {
+    return undefined;
+  }
 
   /** The bound address. Throws `TypeError` before `listen()`. */
   get address(): Address {
@@ -3029,7 +3953,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   /** Counts something that happened outside of a request. */
-  protected countIncident(what: "lost" | "dropped" | "overloads"): undefined {
+  protected countIncident(what: "lost" | "handshakeFailures" | "dropped" | "overloads"): undefined {
     this.#counts[what]++;
   }
 
@@ -3243,13 +4167,23 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
 
   #processExchange({ request, clientAddress }: Exchange<Request>): Promise<void> {
     try {
-      const verified = this.verifyRequest(request, clientAddress);
-      // Plain JavaScript may return something else than a promise.
-      if (verified === true) return Promise.resolve(this.processRequest(request, clientAddress));
-      return this.#processIfVerified(verified, request, clientAddress);
+      const preparing = this.prepareRequest(request);
+      if (preparing !== undefined) return this.#processWhenReady(preparing, request, clientAddress);
+      return this.#processPrepared(request, clientAddress);
     } catch (error) {
       return Promise.reject(error);
     }
+  }
+
+  async #processWhenReady(preparing: Promise<boolean>, request: Request, clientAddress: Deno.Addr): Promise<void> {
+    if (await preparing) await this.#processPrepared(request, clientAddress);
+  }
+
+  #processPrepared(request: Request, clientAddress: Deno.Addr): Promise<void> {
+    const verified = this.verifyRequest(request, clientAddress);
+    // Plain JavaScript may return something else than a promise.
+    if (verified === true) return Promise.resolve(this.processRequest(request, clientAddress));
+    return this.#processIfVerified(verified, request, clientAddress);
   }
 
   async #processIfVerified(
@@ -3623,7 +4557,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   }
 }
 
-// --- TCP and Unix servers ---------------------------------------------------
+// --- TCP, TLS and Unix servers ----------------------------------------------
 
 /**
  * Connections that may wait in the kernel to be accepted; the kernel takes the
@@ -3702,6 +4636,133 @@ export class TcpServer extends StreamServer<Deno.NetAddr> {
     const wanted = { transport: "tcp", ...this.#wanted } as const;
     const listener = tryTo("listen on", wanted, () => Deno.listen(wanted));
     return this.adopt(listener, listener.addr);
+  }
+}
+
+/** Where a {@linkcode TlsServer} listens, and its certificate. */
+export interface TlsServerAddress extends TcpServerAddress, TlsServerSettings {}
+
+/** What a {@linkcode TlsServer} is told when it is made, besides its address. */
+export interface TlsServerOptions extends ServerOptions {
+  /**
+   * Milliseconds that a client's TLS handshake may take; above 0, `Infinity` for
+   * ever. A client that takes longer is cut off and counted in
+   * {@linkcode ServerStats.handshakeFailures}; no hook is called for it.
+   *
+   * @default {5_000}
+   */
+  handshakeTimeout?: number;
+}
+
+/**
+ * A TCP server whose streams are encrypted. `this.request.tls` says what the
+ * handshake has agreed on and, with `clientCa`, who the client is.
+ *
+ * The handshake is done before `verifyRequest()` and before a handler exists. A
+ * client that stalls in it, sends something else or leaves costs only itself: it
+ * counts as one of `maxConnections` until `handshakeTimeout`, is counted in
+ * {@linkcode ServerStats.handshakeFailures}, and nothing is printed.
+ *
+ * What it adds to {@linkcode TcpServer}: Call: `setCertificate`.
+ *
+ * @example
+ * ```ts
+ * import { StreamRequestHandler, TlsServer } from "@socketserver/socketserver";
+ *
+ * class Greeter extends StreamRequestHandler {
+ *   override handle() {
+ *     const name = this.request.tls?.peerCertificate?.commonName;
+ *     return this.request.send(`hello ${name}\n`);
+ *   }
+ * }
+ *
+ * async function serve(folder: string) {
+ *   const cert = await Deno.readTextFile(`${folder}/cert.pem`);
+ *   const key = await Deno.readTextFile(`${folder}/key.pem`);
+ *   const clientCa = await Deno.readTextFile(`${folder}/ca.pem`);
+ *   await new TlsServer({ port: 8443, cert, key, clientCa }, Greeter).serveForever();
+ * }
+ * ```
+ */
+export class TlsServer extends TcpServer {
+  readonly #settings: TlsServerSettings;
+  readonly #handshakeTimeout: number;
+  readonly #handshaking = new Set<SocketStream>();
+  #handshake: Handshake | undefined;
+
+  /**
+   * Makes a server; nothing is opened yet.
+   *
+   * @param address Where to listen, with what certificate, and whose certificates
+   * clients must have.
+   * @param Handler The class whose objects serve the connections.
+   * @param options Limits and deadlines.
+   * @throws {RangeError} If a number is out of its range.
+   * @throws {TypeError} If an option does not exist.
+   */
+  constructor(address: TlsServerAddress, Handler: StreamRequestHandlerClass, options: TlsServerOptions = {}) {
+    const { handshakeTimeout = HANDSHAKE_TIMEOUT_MS, ...others } = options;
+    const { cert, key, clientCa, alpnProtocols, ...tcp } = address;
+    super(tcp, Handler, others);
+    checkNumber("handshakeTimeout", handshakeTimeout);
+    this.#handshakeTimeout = handshakeTimeout;
+    this.#settings = {
+      cert,
+      key,
+      ...(clientCa === undefined ? {} : { clientCa }),
+      ...(alpnProtocols === undefined ? {} : { alpnProtocols }),
+    };
+  }
+
+  /**
+   * Binds the port and lets clients connect; see {@linkcode BaseServer.listen}.
+   *
+   * @returns The bound address.
+   * @throws {Deno.errors.InvalidData} If a certificate or the key is none, or the
+   * two do not belong together.
+   */
+  override listen(): Deno.NetAddr {
+    this.#handshake ??= this.#prepare(this.#settings);
+    return super.listen();
+  }
+
+  /**
+   * Gives the server a new certificate. Later connections get it; those that are
+   * open, or in the middle of their handshake, go on with the old one.
+   *
+   * @param certificate The certificate and its key.
+   * @throws {Deno.errors.InvalidData} If one of them is none, or they do not belong
+   * together; the old one stays.
+   */
+  setCertificate(certificate: TlsCertificate): void {
+    const { cert, key } = certificate;
+    this.#handshake = this.#prepare({ ...this.#settings, cert, key });
+  }
+
+  /** Does the handshake. */
+  protected override async prepareRequest(request: SocketStream): Promise<boolean> {
+    if (this.#handshake === undefined) return false; // It does not listen.
+    this.#handshaking.add(request);
+    try {
+      await control.startTls(request, this.#handshake);
+      return true;
+    } catch {
+      // It is the client's own trouble, and anybody on the network can be one.
+      this.countIncident("handshakeFailures");
+      return false;
+    } finally {
+      this.#handshaking.delete(request);
+    }
+  }
+
+  /** Ends a stream that waits for a new message, and a handshake that takes too long for a shutdown. */
+  protected override endRequest(request: SocketStream, firstWord: boolean): void {
+    if (!this.#handshaking.has(request)) super.endRequest(request, firstWord);
+    else if (firstWord) this.cutRequest(request, new Deno.errors.BadResource("The server shuts down"));
+  }
+
+  #prepare(settings: TlsServerSettings): Handshake {
+    return serverHandshake(settings, this.#handshakeTimeout);
   }
 }
 

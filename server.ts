@@ -19,6 +19,7 @@ import {
   StreamRequestHandler,
   type StreamServer,
   TcpServer,
+  TlsServer,
   UdpServer,
   UnixDatagramServer,
   UnixServer,
@@ -34,6 +35,8 @@ Usage: deno run --allow-net server.ts [options]
                          --allow-read=PATH --allow-write=PATH too
   --udp                  serve datagrams, each of which is stamped; this needs
                          --unstable-net too
+  --cert FILE            encrypt with TLS; FILE is the server's certificate, and
+  --key FILE             its private key; this needs --allow-read of both
   --lines                stamp each line, instead of each chunk as it arrives
   --max-connections N    serve so many clients at once, others wait (no limit)
   --idle-timeout MS      close clients that are silent for so long (never)
@@ -51,6 +54,8 @@ const FLAGS = {
   port: { type: "string" }, // 8009, if there is no --unix.
   unix: { type: "string" },
   udp: { type: "boolean", default: false },
+  cert: { type: "string" },
+  key: { type: "string" },
   lines: { type: "boolean", default: false },
   "max-connections": { type: "string", default: "Infinity" },
   "idle-timeout": { type: "string", default: "Infinity" },
@@ -141,6 +146,18 @@ function withNegatives(args: string[]): string[] {
   return joined;
 }
 
+/** The text of the file that `flag` names. */
+function read(flag: string, file: string): string {
+  try {
+    return Deno.readTextFileSync(file);
+  } catch (error) {
+    if (error instanceof Deno.errors.NotCapable) {
+      throw new TypeError(`${flag}: permission is missing; run again with --allow-read=${file}`);
+    }
+    throw new TypeError(`${flag}: cannot read ${file}`);
+  }
+}
+
 /** Makes what the flags ask for; `null` if they only asked to be told something. */
 function makeServer(args: string[]): StreamServer | DatagramServer | null {
   const { values: flags } = parse(args);
@@ -157,16 +174,20 @@ function makeServer(args: string[]): StreamServer | DatagramServer | null {
     idleTimeout: number("--idle-timeout", flags["idle-timeout"], 1),
   };
   if (flags.udp) {
-    const senseless = FOR_CONNECTIONS.find((name) => flags[name] !== FLAGS[name].default);
+    const isEncrypted = flags.cert !== undefined || flags.key !== undefined;
+    const senseless = isEncrypted ? "cert" : FOR_CONNECTIONS.find((name) => flags[name] !== FLAGS[name].default);
     if (senseless !== undefined) throw new TypeError(`--${senseless} is for connections, and --udp has none`);
     return path === undefined
       ? new UdpServer({ hostname, port }, StampDatagrams)
       : new UnixDatagramServer({ path }, StampDatagrams);
   }
   const Handler = flags.lines ? StampLines : StampChunks;
-  return path === undefined
-    ? new TcpServer({ hostname, port }, Handler, options)
-    : new UnixServer({ path }, Handler, options);
+  const { cert, key } = flags;
+  if ((cert === undefined) !== (key === undefined)) throw new TypeError("--cert and --key must be given together");
+  if (cert !== undefined && path !== undefined) throw new TypeError("--cert is not for --unix");
+  if (path !== undefined) return new UnixServer({ path }, Handler, options);
+  if (cert === undefined || key === undefined) return new TcpServer({ hostname, port }, Handler, options);
+  return new TlsServer({ hostname, port, cert: read("--cert", cert), key: read("--key", key) }, Handler, options);
 }
 
 async function serve(server: StreamServer | DatagramServer): Promise<void> {

@@ -14,6 +14,7 @@ const PATIENCE_MS = 10_000;
 /** What to install when a program is missing. */
 const PACKAGES: Record<string, string> = {
   nc: "netcat-openbsd",
+  openssl: "openssl",
   python3: "python3",
   socat: "socat",
 };
