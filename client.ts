@@ -329,8 +329,8 @@ const PARTING_MS = 1_000;
 const LINE_FEED = 0x0a;
 
 async function talk(settings: Settings): Promise<void> {
-  const { messages, lineEnd, udp, target, timeout, retries } = settings;
-  await using server = udp ? new DatagramPeer(settings) : await connect({ ...target, timeout, retries });
+  const { messages, lineEnd, udp, target, tls, timeout, retries } = settings;
+  await using server = udp ? new DatagramPeer(settings) : await connect({ ...target, tls, timeout, retries });
   try {
     if (messages.length > 0) {
       const encoder = new TextEncoder();
