@@ -4583,6 +4583,14 @@ export interface TcpServerAddress {
    * @default {4_096}
    */
   tcpBacklog?: number;
+  /**
+   * Whether several processes may listen on the port at the same time
+   * (`SO_REUSEPORT`), among which the kernel spreads the connections. Linux only,
+   * and with `--unstable-net`; without that flag `listen()` throws `TypeError`.
+   *
+   * @default {false}
+   */
+  reusePort?: boolean;
 }
 
 /**
@@ -4623,7 +4631,7 @@ export class TcpServer extends StreamServer<Deno.NetAddr> {
   constructor(address: TcpServerAddress, Handler: StreamRequestHandlerClass, options: ServerOptions = {}) {
     checkServerArguments(address, Handler);
     super(Handler, options);
-    const defaults = { hostname: "127.0.0.1", port: 0, tcpBacklog: MAX_BACKLOG };
+    const defaults = { hostname: "127.0.0.1", port: 0, tcpBacklog: MAX_BACKLOG, reusePort: false };
     this.#wanted = resolveOptions(defaults, address);
     checkHostname(this.#wanted.hostname);
     checkPort(address.port);
@@ -4634,6 +4642,10 @@ export class TcpServer extends StreamServer<Deno.NetAddr> {
     this.checkOpen();
     if (this.boundAddress !== undefined) return this.boundAddress;
     const wanted = { transport: "tcp", ...this.#wanted } as const;
+    // Without the flag the runtime prints a line and ends the process, which nobody can catch.
+    if (wanted.reusePort && !hasDatagrams(Deno)) {
+      throw new TypeError("Cannot listen with reusePort: Deno has it behind a flag; run again with --unstable-net");
+    }
     const listener = tryTo("listen on", wanted, () => Deno.listen(wanted));
     return this.adopt(listener, listener.addr);
   }

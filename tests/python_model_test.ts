@@ -8,7 +8,7 @@
  */
 
 import { assert, assertEquals } from "../deps.ts";
-import { Program, startPython } from "./programs.ts";
+import { freePort, Peer, Program, programTestIn, startPython } from "./programs.ts";
 import { programTest } from "./testing.ts";
 
 // --- Kinds of servers
@@ -1342,4 +1342,37 @@ for (const kind of KINDS) {
       await Deno.remove(folder, { recursive: true });
     }
   });
+}
+
+programTestIn("the two programs of the migration guide do the same", async (folder) => {
+  const root = new URL("../", import.meta.url);
+  const readme = await Deno.readTextFile(new URL("README.md", root));
+  const [, guide = ""] = readme.split("## Coming from Python's socketserver");
+  const answers = [];
+  for (
+    const [language, command, args] of [["py", "python3", []], ["ts", Deno.execPath(), ["run", "--allow-net"]]] as const
+  ) {
+    const [, program = ""] = guide.match(new RegExp(`\`\`\`${language}[^\\n]*\\n([^]*?)\`\`\``)) ?? [];
+    const port = freePort();
+    const file = `${folder}/server.${language}`;
+    await Deno.writeTextFile(file, program.replace("8010", String(port)).replace("./mod.ts", `${root}mod.ts`));
+    await using _server = Program.start(command, [...args, file]);
+    using client = await dialUntilAnswered(port);
+    await client.send("one\r\ntwo\n\nlast");
+    await client.closeWrite();
+    answers.push(new TextDecoder().decode(await client.receiveAll()));
+  }
+  assertEquals(answers, ["ONE\nTWO\n\nLAST\n", "ONE\nTWO\n\nLAST\n"]);
+});
+
+/** The programs say nothing when they listen. */
+async function dialUntilAnswered(port: number): Promise<Peer> {
+  for (const deadline = performance.now() + PATIENCE_MS;;) {
+    try {
+      return await Peer.connect(port);
+    } catch (error) {
+      if (!(error instanceof Deno.errors.ConnectionRefused) || performance.now() > deadline) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 5));
+    }
+  }
 }

@@ -931,6 +931,22 @@ networkTest(
   },
 );
 
+networkTest("reusePort lets a second server listen on the port, and take over", async () => {
+  const first = new TcpServer({ port: 0, reusePort: true }, Echo);
+  const { port } = first.listen();
+  const serving = first.serveForever();
+  await using second = new TcpServer({ port, reusePort: true }, Echo);
+  second.listen();
+  second.serveForever();
+  await first.shutdown();
+  await serving;
+  const client = await connect({ port });
+  await client.send("taken over\n");
+  assertEquals(await client.readLine(), "taken over");
+  client.close();
+  assertEquals(second.stats.accepted, 1);
+});
+
 networkTest("handleTimeout() that throws leaves the server open", async () => {
   class Faulty extends TcpServer {
     override handleTimeout() {
