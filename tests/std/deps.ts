@@ -5,6 +5,8 @@
  * @module
  */
 
+export * from "../../deps.ts";
+// What is named goes before what is starred.
 export {
   assert,
   assertEquals,
@@ -15,14 +17,3 @@ export {
   assertThrows,
   fail,
 } from "jsr:@std/assert@1";
-export {
-  clearScreenDown,
-  createHash,
-  createInterface,
-  cursorTo,
-  type Interface,
-  moveCursor,
-  parseArgs,
-  stdin,
-  stdout,
-} from "../../deps.ts";
