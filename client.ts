@@ -239,8 +239,9 @@ async function exchange(server: Server, lines: AsyncIterable<Uint8Array> | Uint8
     const answer = await server.recv();
     if (answer === null) throw new Deno.errors.ConnectionReset();
     await print(answer);
-    const endsLine = server instanceof SocketStream || answer.at(-1) === LINE_FEED;
-    if (!endsLine && stdout.isTTY) await print(new Uint8Array([LINE_FEED]));
+    // A datagram is whole, so its end can be told from the middle of an answer.
+    const isWhole = server instanceof DatagramPeer && answer.at(-1) !== LINE_FEED;
+    if (isWhole) await print(new Uint8Array([LINE_FEED]));
   }
 
   try {
@@ -359,6 +360,12 @@ function explained(error: unknown, { udp, target, timeout }: Settings): unknown 
   return hasLeft ? new Error("the server has left in the middle") : error;
 }
 
+/** The library's names for options are flags here, and its texts are files. */
+function inFlags(message: string): string {
+  return message.replace("in caCerts", "with --ca").replace(/^caCerts must hold/, "--ca must hold")
+    .replace("set serverName", "set --server-name").replace(/; give it the text of.*/, "");
+}
+
 if (import.meta.main) {
   let exitCode = 2; // The flags are wrong.
   try {
@@ -368,7 +375,7 @@ if (import.meta.main) {
     Deno.exit(0); // A read of standard input that waits would keep the process alive.
   } catch (error) {
     const help = exitCode === 2 ? "; --help lists the flags" : "";
-    console.error(`client.ts: ${error instanceof Error ? error.message : error}${help}`);
+    console.error(`client.ts: ${error instanceof Error ? inFlags(error.message) : error}${help}`);
     Deno.exit(exitCode);
   }
 }

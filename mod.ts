@@ -510,11 +510,19 @@ function canonicalHost(hostname: string): string {
 
 /** The least permissions that opening `address` takes. */
 function permissionFlags(address: Deno.Addr): string {
+  // Answers go to the clients' own ports and paths.
+  if (address.transport === "udp") return `--allow-net=${bracketed(address.hostname)}`;
   if ("path" in address) {
-    const { path } = address;
+    const path = address.transport === "unixpacket" ? folderOf(address.path) : address.path;
+    if (address.transport === "unixpacket") return `--allow-read=${path} --allow-write=${path} --allow-net`;
     return `--allow-read=${path} --allow-write=${path} --allow-net=unix:${path}`;
   }
   return `--allow-net=${formatAddress(address).replace(/:0$/, "")}`;
+}
+
+function folderOf(path: string): string {
+  const end = path.lastIndexOf("/");
+  return end < 0 ? "." : path.slice(0, end + 1);
 }
 
 /** Why opening `address` failed and what to do, for a person; what the system said where there is nothing to add. */
@@ -2438,6 +2446,9 @@ const MAX_CHAIN_LENGTH = 8;
 /** The purpose "may be a TLS client" of a certificate; RFC 5280, 4.2.1.12. */
 const CLIENT_PURPOSE = "1.3.6.1.5.5.7.3.2";
 
+/** The runtime keeps 15 KB of each handshake that failed until its own timer ends, which "for ever" must not mean. */
+const MAX_HANDSHAKE_MS = 600_000;
+
 /** The purpose "may be a TLS server" of a certificate. */
 const SERVER_PURPOSE = "1.3.6.1.5.5.7.3.1";
 
@@ -2533,7 +2544,7 @@ function chainOf(socket: TlsSocket): Certificate[] {
  * a certificate that was turned away.
  */
 function isVouchedFor(chain: Certificate[], { certificates }: Authorities, purpose: string): boolean {
-  let [current] = chain;
+  let current: Certificate | undefined = chain[0];
   // An own purpose forbids all others. The runtime's type has no `undefined`.
   const purposes: string[] | undefined = current?.keyUsage;
   if (purposes !== undefined && !purposes.includes(purpose)) return false;
@@ -2868,7 +2879,7 @@ class TlsConn implements StreamConn, TransportOwner {
       ...(authorities === undefined ? {} : { ca: authorities.texts, requestCert: true, rejectUnauthorized: true }),
       ...(alpnProtocols.length === 0 ? {} : { ALPNProtocols: alpnProtocols }),
       // `signal` aborts before; but the runtime keeps all of a handshake that failed for as long as this.
-      handshakeTimeout: Math.min(timeout * 2, MAX_TIMER_MS),
+      handshakeTimeout: Math.min(timeout * 2, MAX_HANDSHAKE_MS),
     });
     server.on("secureConnection", (socket) => this.#take(socket));
     server.on("tlsClientError", (error) => this.#fail(tlsError(error)));
@@ -3455,6 +3466,9 @@ const BACKLOG_LOOKS = 5;
 /** The time between two of these looks. */
 const BACKLOG_LOOK_MS = 10;
 
+/** More than this cannot have waited when the server was told to stop, but for a backlog that was made larger. */
+const BACKLOG_LIMIT = 4_096;
+
 /** Milliseconds of waiting after which what still comes has come too late, such as under a steady load. */
 const BACKLOG_PATIENCE_MS = 500;
 
@@ -3536,6 +3550,8 @@ class Backlog {
   #isClosing = false;
   #isWaiting = false;
   #waitingSince = 0;
+  /** What may still be received; what exceeds it has come too late. */
+  #left = BACKLOG_LIMIT;
   /** Milliseconds that may still be spent on waiting. */
   #patience = BACKLOG_PATIENCE_MS;
   #timer: ReturnType<typeof setTimeout> | undefined;
@@ -3555,7 +3571,9 @@ class Backlog {
   /** Something is received from the kernel, if it has anything. */
   startWaiting(): void {
     this.#isWaiting = true;
-    if (this.#isClosing) this.#startLooking();
+    if (!this.#isClosing) return;
+    if (this.#left-- > 0) this.#startLooking();
+    else this.end();
   }
 
   /** It has come. */
@@ -3930,7 +3948,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
    * @param error What accepting rejected with; do not read its `stack`, which
    * opens a file.
    */
-  handleOverload(error: unknown): void {
+  handleOverload(error: unknown): void | Promise<void> {
     console.error(`Cannot accept connections for now: ${messageOf(error)}`);
   }
 
@@ -4021,11 +4039,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     this.#overloadedAt = now;
     if (!isNew) return;
     this.countIncident("overloads");
-    try {
-      this.handleOverload(error);
-    } catch (error) {
-      console.error(`Error in handleOverload(): ${messageOf(error)}`);
-    }
+    this.#runHook("handleOverload", () => this.handleOverload(error));
   }
 
   /** Throws if the server was closed. */
@@ -4151,7 +4165,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     const exchange = this.#track(request);
     if (this.#isClosed) this.#cut(exchange); // close() won the race.
     if (this.#context !== undefined) return this.#context.run(exchange, () => this.#serveExchange(exchange));
-    this.#caller = exchange; // It never throws: it is asynchronous.
+    this.#caller = exchange; // It never throws.
     const served = this.#serveExchange(exchange);
     this.#caller = undefined;
     return served;
@@ -4196,13 +4210,22 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   #endExchange(exchange: Exchange<Request>): void | Promise<void> {
-    const closing = this.closeRequest(exchange.request);
+    let closing: Promise<void> | undefined;
+    try {
+      closing = this.closeRequest(exchange.request);
+    } catch {
+      // Only an overridden stream or hook throws; the request is over all the same.
+    }
     if (closing === undefined) return this.#untrack(exchange);
-    return Promise.resolve(closing).then(() => this.#untrack(exchange));
+    return Promise.resolve(closing).catch(ignore).then(() => this.#untrack(exchange));
   }
 
   async #failExchange(error: unknown, exchange: Exchange<Request>): Promise<void> {
-    await this.#reportExchange(error, exchange);
+    try {
+      await this.#reportExchange(error, exchange);
+    } catch {
+      this.#counts.errors++; // What was thrown cannot even be looked at.
+    }
     await this.#endExchange(exchange);
   }
 
@@ -4494,7 +4517,9 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   /** Only an overridden `getRequest()` throws. */
   async #tryToGetRequest(conn: Deno.Conn): Promise<SocketStream | undefined> {
     try {
-      return this.getRequest(conn);
+      const request: unknown = await this.getRequest(conn);
+      if (request instanceof SocketStream) return request;
+      throw new TypeError(`getRequest() must return a SocketStream: it has returned ${kindOf(request)}`);
     } catch (error) {
       closeQuietly(conn);
       await this.reportError(error, conn.remoteAddr);
@@ -5089,7 +5114,8 @@ export class Datagram {
       },
       (error) => {
         const client = formatAddress(this.clientAddress);
-        throw restate(error, `Cannot reply with ${bytes.length} bytes to ${client}: ${messageOf(error)}`);
+        const reason = error instanceof Deno.errors.NotCapable ? explain(error, this.clientAddress) : messageOf(error);
+        throw restate(error, `Cannot reply with ${bytes.length} bytes to ${client}: ${reason}`);
       },
     );
     return forgettable(sent);
@@ -5113,6 +5139,8 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr> exte
   /** Datagrams lie behind each other in it; those before `#slabStart` are their handlers'. */
   #slab: Uint8Array<ArrayBuffer> = NO_BYTES;
   #slabStart = 0;
+  /** What comes now has come after the shutdown had begun. */
+  #isDrained = false;
   #socket: DatagramSocket | undefined;
   #receiving: Promise<[Uint8Array<ArrayBuffer>, Deno.Addr]> | undefined;
   readonly #send = (data: Uint8Array, to: Deno.Addr): Promise<number> => {
@@ -5188,7 +5216,7 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr> exte
     this.noteReceived();
     // One that fills the buffer may have been cut.
     if (data.length === DATAGRAM_BUFFER_BYTES) return this.countIncident("lost");
-    if (this.isAtLimit(this.#maxConcurrent)) return this.countIncident("dropped");
+    if (this.#isDrained || this.isAtLimit(this.#maxConcurrent)) return this.countIncident("dropped");
     this.#slabStart += data.length;
     return new Datagram(data, clientAddress, this.#send);
   }
@@ -5198,6 +5226,7 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr> exte
     if (this.#socket === undefined) return;
     if (backlog) {
       await this.emptyBacklog();
+      this.#isDrained = true;
       await this.belowLimit(1); // Their replies go out by the same socket.
     }
     const socket = this.#socket;
@@ -5396,6 +5425,9 @@ class UnixDatagramSocket implements DatagramSocket {
   #socket: DatagramSocket;
   #isReceiving = false;
   #isClosed = false;
+  #isStuck = false;
+  /** The last send to each client that one is under way to. */
+  readonly #turns = new Map<string, Promise<void>>();
   /** The paths of clients that a send is stuck on. */
   readonly #deaf = new Set<string>();
   #sending: Promise<void> = DONE;
@@ -5409,6 +5441,7 @@ class UnixDatagramSocket implements DatagramSocket {
   async receive(into: Uint8Array<ArrayBuffer>): Promise<[Uint8Array<ArrayBuffer>, Deno.Addr]> {
     while (true) {
       await this.#sendReplies();
+      this.#replaceIfStuck();
       this.#isReceiving = true;
       try {
         const [data, from] = await this.#socket.receive(into);
@@ -5423,16 +5456,29 @@ class UnixDatagramSocket implements DatagramSocket {
     if (!("path" in to) || !to.path) {
       throw new TypeError("the client has bound its socket to no path, so it cannot be answered");
     }
-    if (this.#deaf.has(to.path)) throw new Deno.errors.TimedOut("the client takes nothing");
     try {
-      return await this.#inTime(sendFromNowhere(data, to), to.path);
+      return await this.#inTurn(to.path, () => sendFromNowhere(data, to));
     } catch (error) {
       if (errorCode(error) !== "EPERM") throw error;
       return await this.#sendFromHere(data, to);
     }
   }
 
-  /** A send to a client whose queue is full cannot be cancelled, so there is at most one for each client. */
+  /** One after the other for each client, so that a client that does not read takes one descriptor and not many. */
+  #inTurn(path: string, send: () => Promise<number>): Promise<number> {
+    const before = this.#turns.get(path) ?? DONE;
+    const sent = before.then(() => {
+      if (this.#deaf.has(path)) throw new Deno.errors.TimedOut("the client takes nothing");
+      return this.#inTime(send(), path);
+    });
+    const turn = sent.then(ignore, ignore).then(() => {
+      if (this.#turns.get(path) === turn) this.#turns.delete(path);
+    });
+    this.#turns.set(path, turn);
+    return sent;
+  }
+
+  /** A send to a client whose queue is full cannot be cancelled. */
   async #inTime(sent: Promise<number>, path: string): Promise<number> {
     const count = await settledWithin(sent, REPLY_TIMEOUT_MS);
     if (count !== undefined) return count;
@@ -5460,7 +5506,10 @@ class UnixDatagramSocket implements DatagramSocket {
     // If the datagram to ourselves cannot be sent, there are others in our queue, which do as well.
     if (this.#isReceiving) sendFromNowhere(this.#wakeUp, this.addr).catch(ignore);
     else this.#sendReplies();
-    return settled.promise;
+    const timer = setTimeout(() => {
+      settled.reject(new Deno.errors.TimedOut(`the server's own socket was busy for ${2 * REPLY_TIMEOUT_MS} ms`));
+    }, 2 * REPLY_TIMEOUT_MS);
+    return settled.promise.finally(() => clearTimeout(timer));
   }
 
   /** One after the other, as the runtime takes one at a time. */
@@ -5476,14 +5525,20 @@ class UnixDatagramSocket implements DatagramSocket {
   async #sendReply({ data, to, settled }: BoundReply): Promise<void> {
     if (this.#deaf.has(to.path)) return settled.reject(new Deno.errors.TimedOut("the client takes nothing"));
     try {
+      this.#replaceIfStuck();
       settled.resolve(await this.#inTime(this.#socket.send(data, to), to.path));
     } catch (error) {
       settled.reject(error);
-      if (!this.#deaf.has(to.path) || this.#isClosed) return;
-      // Nothing could be received while the send is stuck, for as long as the client likes.
-      closeQuietly(this.#socket);
-      this.#socket = this.#reopen();
+      this.#isStuck ||= this.#deaf.has(to.path);
     }
+  }
+
+  /** Nothing can be received while a send is stuck, for as long as its client likes. */
+  #replaceIfStuck(): void {
+    if (!this.#isStuck || this.#isClosed) return;
+    closeQuietly(this.#socket);
+    this.#socket = this.#reopen();
+    this.#isStuck = false;
   }
 }
 
@@ -5495,9 +5550,13 @@ interface BoundReply {
 }
 
 /** Sends from a socket without a path, which is closed when the peer has taken it. */
-function sendFromNowhere(data: Uint8Array, to: Deno.Addr): Promise<number> {
+async function sendFromNowhere(data: Uint8Array, to: Deno.Addr): Promise<number> {
   const socket = openDatagramSocket({ transport: "unixpacket" });
-  return socket.send(data, to).finally(() => closeQuietly(socket));
+  try {
+    return await socket.send(data, to);
+  } finally {
+    closeQuietly(socket);
+  }
 }
 
 /** Where a {@linkcode DatagramClient} sends to. */
@@ -5549,6 +5608,7 @@ export class DatagramClient implements Disposable {
   readonly #buffer = new Uint8Array(DATAGRAM_BUFFER_BYTES);
   /** A receive cannot be cancelled, so it may outlive the call that began it. */
   #receiving: Promise<[Uint8Array<ArrayBuffer>, Deno.Addr]> | undefined;
+  #isWaiting = false;
 
   /**
    * Opens a socket.
@@ -5590,14 +5650,27 @@ export class DatagramClient implements Disposable {
    * Receives the next datagram. One call waits at a time.
    *
    * @returns Resolves to its bytes, which are the caller's.
+   * @throws {Deno.errors.Busy} If another call waits.
    * @throws {Deno.errors.TimedOut} If none came within `timeout`; one that comes
    * later answers the next call.
    */
   async recv(): Promise<Uint8Array<ArrayBuffer>> {
+    if (this.#isWaiting) throw new Deno.errors.Busy("Cannot recv(): another recv() waits on the same socket");
+    this.#isWaiting = true;
+    try {
+      return await this.#nextFromServer();
+    } finally {
+      this.#isWaiting = false;
+    }
+  }
+
+  async #nextFromServer(): Promise<Uint8Array<ArrayBuffer>> {
     const expiresAt = performance.now() + this.#timeout;
     while (true) {
       const receiving = this.#receiving ??= this.#receive();
-      const received = await settledWithin(receiving, Math.max(0, expiresAt - performance.now()));
+      const left = expiresAt - performance.now();
+      // Strangers must not prolong the wait.
+      const received = left > 0 ? await settledWithin(receiving, left) : undefined;
       if (received === undefined) {
         const server = formatAddress(this.#server);
         throw new Deno.errors.TimedOut(`No answer came from ${server} within ${this.#timeout} ms`);

@@ -202,11 +202,17 @@ async function serve(server: StreamServer | DatagramServer): Promise<void> {
     for (const signal of signals) Deno.removeSignalListener(signal, stop);
   }
   const { cut } = await server.shutdown(); // It is over: this is its report.
-  const { accepted, dropped, bytesRead, bytesWritten } = server.stats;
+  const { accepted, dropped, handshakeFailures, bytesRead, bytesWritten } = server.stats;
   const requests = server instanceof DatagramServer
     ? `datagrams: ${accepted}, dropped: ${dropped}`
     : `clients: ${accepted}, cut off: ${cut.length}`;
-  log(`${requests}, bytes in: ${bytesRead}, bytes out: ${bytesWritten}`);
+  const failures = handshakeFailures === 0 ? "" : `, handshakes failed: ${handshakeFailures}`;
+  log(`${requests}${failures}, bytes in: ${bytesRead}, bytes out: ${bytesWritten}`);
+}
+
+/** The library's names for options are flags here, and its texts are files. */
+function inFlags(message: string): string {
+  return message.replace(/\b(cert|key) (holds|is not)/, "--$1 $2").replace(/; give it the text of.*/, "");
 }
 
 if (import.meta.main) {
@@ -217,7 +223,7 @@ if (import.meta.main) {
     if (server !== null) await serve(server);
   } catch (error) {
     const help = exitCode === 2 ? "; --help lists the flags" : "";
-    console.error(`server.ts: ${error instanceof Error ? error.message : error}${help}`);
+    console.error(`server.ts: ${error instanceof Error ? inFlags(error.message) : error}${help}`);
     Deno.exit(exitCode);
   }
 }

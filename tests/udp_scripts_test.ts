@@ -23,6 +23,11 @@ function stamped(...chunks: string[]): RegExp {
   return new RegExp(`^${chunks.map((chunk) => STAMP + chunk).join("")}$`);
 }
 
+/** The client ends the line of an answer that has no end. */
+function asLine(answer: string): string {
+  return answer.endsWith("\n") ? answer : `${answer}\n`;
+}
+
 function runClient(port: number, args: string[], input: string | Uint8Array = ""): Promise<Outcome> {
   return runScript("client.ts", ["--udp", "--port", String(port), ...args], { input });
 }
@@ -75,7 +80,7 @@ programTest("server.ts --udp says what it does, and what it has done", async () 
   const port = await portOf(server);
   const { code, stdout, stderr } = await runClient(port, ["hello python"]);
   assertEquals([code, stderr], [0, ""]);
-  assertMatch(stdout, stamped("hello python"));
+  assertMatch(stdout, stamped("hello python\n"));
   server.kill("SIGTERM");
   const ended = await server.ended();
   assertEquals([ended.code, ended.stderr], [0, ""]);
@@ -95,7 +100,7 @@ programTest("server.ts --udp --quiet prints nothing", async () => {
   for (let tries = 1; tries < 50 && answered.code !== 0; tries++) {
     answered = await runClient(port, ["--timeout", "200", "hello"]);
   }
-  assertMatch(answered.stdout, stamped("hello"));
+  assertMatch(answered.stdout, stamped("hello\n"));
   server.kill("SIGINT");
   assertEquals(await server.ended(), { code: 0, stdout: "", stderr: "", bytes: new Uint8Array() });
 });
@@ -107,7 +112,8 @@ programTest("all 256 bytes pass through a datagram unchanged", async () => {
   assertEquals(code, 0);
   // The line feed, which is byte 10, divides it in two datagrams.
   assertEquals(answer.subarray(STAMP_LENGTH, STAMP_LENGTH + 10), bytes.subarray(0, 10));
-  assertEquals(answer.subarray(2 * STAMP_LENGTH + 10), bytes.subarray(11));
+  // Behind each answer the client has ended the line.
+  assertEquals(answer.subarray(2 * STAMP_LENGTH + 11, -1), bytes.subarray(11));
 });
 
 programTest("a datagram whose answer would be too long is one sentence, and server.ts goes on", async () => {
@@ -116,7 +122,7 @@ programTest("a datagram whose answer would be too long is one sentence, and serv
   const unanswered = await runClient(port, ["--timeout", "100"], "x".repeat(65_500));
   assertFailed(unanswered, 1, /no answer/);
   const { stdout } = await runClient(port, ["hello"]);
-  assertMatch(stdout, stamped("hello"));
+  assertMatch(stdout, stamped("hello\n"));
   assertMatch(server.stderr, /^server\.ts: Cannot reply with 65527 bytes to 127\.0\.0\.1:\d+: [^\n]*\n$/);
 });
 
@@ -183,7 +189,7 @@ programTest("the missing permission of server.ts --udp is named, and with exactl
 programTest("each message is one datagram, without a line end", async () => {
   await using server = new PlainServer(echo);
   const { code, stdout, stderr } = await runClient(server.port, ["one", "你好", "", "three\n"]);
-  assertEquals([code, stderr, stdout], [0, "", "echo: oneecho: 你好echo: echo: three\n"]);
+  assertEquals([code, stderr, stdout], [0, "", "echo: one\necho: 你好\necho: \necho: three\n"]);
   assertEquals(server.received, ["one", "你好", "", "three\n"]);
 });
 
@@ -203,7 +209,7 @@ programTest("each piped line is one datagram, answered before the next", async (
       const { code, stdout, stderr } = await runClient(server.port, [], input);
       assertEquals([code, stderr], [0, ""]);
       assertEquals(server.received.join("|") === received.join("|"), true);
-      assertEquals(stdout === received.flatMap(echo).join(""), true);
+      assertEquals(stdout === received.flatMap(echo).map(asLine).join(""), true);
     });
   }
 });
@@ -237,7 +243,7 @@ programTest("the missing permission of client.ts --udp is named, and with exactl
   const refused = await runScript("client.ts", args, { permissions: [] });
   assertFailed(refused, 1, /permission is missing; run again with --allow-net=/);
   const { stdout } = await runScript("client.ts", args, { permissions: permissionsIn(refused.stderr) });
-  assertEquals(stdout, "echo: hello");
+  assertEquals(stdout, "echo: hello\n");
 });
 
 // --- On a terminal ------------------------------------------------------------------
@@ -325,7 +331,7 @@ programTestIn(
     await server.printed(`on ${path}\n`);
     const { code, stdout, stderr } = await runScript("client.ts", ["--udp", "--unix", path, "hello"], { permissions });
     assertEquals([code, stderr], [0, ""]);
-    assertMatch(stdout, stamped("hello"));
+    assertMatch(stdout, stamped("hello\n"));
     server.kill("SIGTERM");
     const ended = await server.ended();
     assertEquals([ended.code, ended.stderr], [0, ""]);
