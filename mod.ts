@@ -2552,7 +2552,7 @@ function isVouchedFor(chain: Certificate[], { certificates }: Authorities, purpo
     if (!isInForce(current)) return false;
     const { fingerprint256 } = current;
     if (certificates.some((authority) => authority.fingerprint256 === fingerprint256)) return true;
-    const issued = current;
+    const issued: Certificate = current;
     if (certificates.some((authority) => hasIssued(authority, issued))) return true;
     current = chain.find((link) => link.ca && hasIssued(link, issued));
   }

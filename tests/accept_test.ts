@@ -53,7 +53,7 @@ class FakeServer extends StreamServer {
     return this.adopt(this.#fake, this.#fake.addr);
   }
 
-  override handleOverload(error: unknown): void {
+  override handleOverload(error: unknown): void | Promise<void> {
     this.overloads.push(error);
   }
 }
@@ -145,6 +145,25 @@ const server = new TcpServer({ port: 0 }, Throwing);
 console.log(server.listen().port);
 await server.serveForever();
 `;
+
+Deno.test("handleOverload() that rejects does not end the server", async () => {
+  const listener = new FakeListener([systemError("EMFILE")]);
+  class Rejecting extends FakeServer {
+    override async handleOverload(error: unknown) {
+      super.handleOverload(error);
+      await Promise.reject(new TypeError("a bug in the hook"));
+    }
+  }
+  const server = new Rejecting(listener);
+  const print = console.error;
+  console.error = () => {};
+  const serving = server.serveForever();
+  await listener.drained;
+  await server.shutdown();
+  await serving;
+  console.error = print;
+  assertEquals(server.overloads.length, 1);
+});
 
 programTest("200 clients and throwing handlers at 64 descriptors do not end the server", async () => {
   const file = await Deno.makeTempFile({ suffix: ".ts" });

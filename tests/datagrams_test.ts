@@ -922,7 +922,7 @@ Deno.test("a server without the permission says which flag is missing", { permis
   assert(error instanceof Deno.errors.NotCapable);
   assertEquals(
     error.message,
-    "Cannot listen on 127.0.0.1:8009: permission is missing; run again with --allow-net=127.0.0.1:8009",
+    "Cannot listen on 127.0.0.1:8009: permission is missing; run again with --allow-net=127.0.0.1",
   );
 });
 
@@ -931,7 +931,7 @@ Deno.test("a Unix server without the permissions names the least flags", {
 }, async () => {
   const error = await rejectionOf(new UnixDatagramServer({ path: "/tmp/a.sock" }, Echo).serveForever());
   assertMatch(error.message, /^Cannot listen on \/tmp\/a\.sock: permission is missing; run again with /);
-  assertEquals(permissionsIn(error.message).slice(0, 2), ["--allow-read=/tmp/a.sock", "--allow-write=/tmp/a.sock"]);
+  assertEquals(permissionsIn(error.message).slice(0, 2), ["--allow-read=/tmp/", "--allow-write=/tmp/"]);
 });
 
 // --- Unix sockets -----------------------------------------------------------------------
@@ -1307,4 +1307,32 @@ programTestIn("without --unstable-net one sentence says so", async (folder) => {
   const sentence =
     "TypeError: Cannot open a datagram socket: Deno has them behind a flag; run again with --unstable-net";
   assertEquals([code, stderr, stdout.trimEnd().split("\n")], [0, "", Array.from({ length: 4 }, () => sentence)]);
+});
+
+networkTest("shutdown() ends although datagrams keep coming", async () => {
+  const server = new UdpServer({ port: 0 }, Echo);
+  const { port } = server.listen();
+  const serving = server.serveForever();
+  using client = new DatagramClient({ port });
+  let isOver = false;
+  const flooding = (async () => {
+    while (!isOver) await client.send("more");
+  })();
+  await until(() => server.stats.accepted > 100);
+  const { cut } = await server.shutdown({ grace: 60_000 });
+  isOver = true;
+  await flooding;
+  await serving;
+  assertEquals(cut, []);
+});
+
+networkTest("a second recv() of a DatagramClient rejects while one waits", async () => {
+  await using server = new UdpServer({ port: 0 }, Echo);
+  const { port } = server.listen();
+  server.serveForever();
+  using client = new DatagramClient({ port });
+  const first = client.recv();
+  await assertRejects(() => client.recv(), Deno.errors.Busy);
+  await client.send("one");
+  assertEquals(new TextDecoder().decode(await first), "one");
 });

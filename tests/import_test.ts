@@ -88,3 +88,10 @@ programTest("nothing in the project names the host of a registry", async () => {
   }
   assertEquals(named, []);
 });
+
+programTestIn("a copy of mod.ts passes the type check in a folder with no configuration", async (folder) => {
+  await Deno.copyFile(new URL("mod.ts", project), `${folder}/mod.ts`);
+  await using check = Program.start(Deno.execPath(), ["check", "--no-config", `${folder}/mod.ts`]);
+  const { code, stderr } = await check.ended();
+  assertEquals(code, 0, stderr);
+});

@@ -1,5 +1,5 @@
 import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../deps.ts";
-import { BaseServer, connect, socketPair, type SocketStream, StreamRequestHandler, TcpServer } from "../mod.ts";
+import { BaseServer, connect, socketPair, SocketStream, StreamRequestHandler, TcpServer } from "../mod.ts";
 import { Echo, FakeListener, networkTest, rejectionOf, until } from "./testing.ts";
 
 /** Says which connection it is, and stays until its client leaves. */
@@ -946,6 +946,34 @@ networkTest("reusePort lets a second server listen on the port, and take over", 
   client.close();
   assertEquals(second.stats.accepted, 1);
 });
+
+networkTest(
+  "getRequest() that rejects, and streams that cannot be closed, hurt their own connection only",
+  async () => {
+    class Unclosable extends SocketStream {
+      override [Symbol.asyncDispose](): Promise<void> {
+        this.close();
+        return Promise.reject(new TypeError("a bug in the stream"));
+      }
+    }
+    class Faulty extends TcpServer {
+      #connections = 0;
+      override getRequest(conn: Deno.Conn): SocketStream {
+        if (++this.#connections === 1) throw new TypeError("a bug in the hook");
+        return new Unclosable(conn);
+      }
+      override handleError() {}
+    }
+    await withServer(new Faulty({ port: 0 }, Echo), async (server, dial) => {
+      assertEquals(await (await dial()).recv(), null);
+      const client = await dial();
+      await client.send("fine\n");
+      assertEquals(await client.readLine(), "fine");
+      client.close();
+      await until(() => server.stats.active === 0);
+    });
+  },
+);
 
 networkTest("handleTimeout() that throws leaves the server open", async () => {
   class Faulty extends TcpServer {
