@@ -5127,9 +5127,9 @@ export class Datagram {
  * handler of its own, served side by side up to `maxConcurrent`. It needs
  * `--unstable-net`.
  *
- * A handler that calls `shutdown()` should do so before it awaits anything else:
- * after that the server cannot know that it is a handler who asks, and waits for
- * it until `grace` is over.
+ * A handler that calls `shutdown()` sends its reply first, as the shutdown closes
+ * the socket, and does not await it: after that the server cannot know that it is
+ * a handler who asks, and waits for it until `grace` is over.
  *
  * @typeParam Address The kind of address that the server has.
  */
