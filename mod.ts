@@ -4878,7 +4878,7 @@ export class UnixServer extends StreamServer<Deno.UnixAddr> {
       return this.adopt(listener, address);
     } catch (error) {
       this.#binding = undefined;
-      throw error instanceof TypeError ? error : listenError(error, address);
+      throw listenError(error, address);
     }
   }
 
@@ -4967,17 +4967,21 @@ function tryTo<Socket>(what: string, address: Deno.Addr, open: () => Socket): So
   try {
     return open();
   } catch (error) {
-    throw error instanceof TypeError
-      ? error
-      : restate(error, `Cannot ${what} ${formatAddress(address)}: ${explain(error, address)}`);
+    throw openingError(what, address, error);
   }
 }
 
+/** What a failed bind rejects with; a TypeError says by itself what was asked wrongly. */
 function listenError(error: unknown, address: Deno.Addr): Error {
   if (errorCode(error) === "ENOENT") {
     return restate(error, `Cannot listen on ${formatAddress(address)}: its folder does not exist; make it first`);
   }
-  return restate(error, `Cannot listen on ${formatAddress(address)}: ${explain(error, address)}`);
+  return openingError("listen on", address, error);
+}
+
+function openingError(what: string, address: Deno.Addr, error: unknown): Error {
+  if (error instanceof TypeError) return error;
+  return restate(error, `Cannot ${what} ${formatAddress(address)}: ${explain(error, address)}`);
 }
 
 function fileAt(path: string): Deno.FileInfo | undefined {
@@ -5396,7 +5400,7 @@ export class UnixDatagramServer extends DatagramServer<Deno.UnixAddr> {
       return this.adopt(new UnixDatagramSocket(socket, address, () => this.#file.rebind(open)), address);
     } catch (error) {
       this.#binding = undefined;
-      throw error instanceof TypeError ? error : listenError(error, address);
+      throw listenError(error, address);
     }
   }
 
