@@ -191,7 +191,7 @@ Deno.test("the stream with the earlier deadline times out first, although the ot
     const hasty = new SocketStream(new FakeConn(), { timeout: 10 });
     const patientRead = patient.recv();
     const hastyRead = hasty.recv();
-    clock.advance(11);
+    await clock.advance(11);
     await assertRejects(() => hastyRead, Deno.errors.TimedOut);
     assert(await isPending(patientRead));
     patient.close();
@@ -263,7 +263,7 @@ Deno.test("a write goes on as long as the peer takes something within the timeou
     const stream = new SocketStream(conn, { timeout: 20 });
     const sent = stream.send("abcdefgh");
     for (let taken = 0; taken < 8; taken++) {
-      clock.advance(15);
+      await clock.advance(15);
       await deadlinesWereLookedAt(clock);
       const wrote = conn.nextWrite();
       conn.releaseOneWrite();
@@ -278,12 +278,12 @@ Deno.test("a write goes on as long as the peer takes something within the timeou
 
 Deno.test("a timeout that is set while a write waits is counted from then on", async () => {
   await withClock(async (clock) => {
-    clock.advance(1_000_000);
+    await clock.advance(1_000_000);
     const conn = new FakeConn().holdWrites();
     const stream = new SocketStream(conn);
     const sent = stream.send("abc");
     await turnEnd();
-    clock.advance(1_000_000);
+    await clock.advance(1_000_000);
     stream.timeout = 1_000;
     await deadlinesWereLookedAt(clock);
     assert(!conn.isClosed);
@@ -324,13 +324,13 @@ for (const way of ["in", "out"]) {
       const conn = new FakeConn();
       const stream = new SocketStream(conn, { idleTimeout: 20 });
       for (let moved = 0; moved < 4; moved++) {
-        clock.advance(15);
+        await clock.advance(15);
         await deadlinesWereLookedAt(clock);
         if (way === "out") await stream.send(".");
         else assertEquals(await stream.read(conn.give(".") && new Uint8Array(1)), 1);
       }
       assert(!conn.isClosed);
-      clock.advance(21);
+      await clock.advance(21);
       await keptAlive(conn.whenClosed);
     });
   });
@@ -405,19 +405,29 @@ async function overTcp(use: (ours: SocketStream, theirs: SocketStream) => Promis
 }
 
 interface Clock {
-  /** Lets `ms` pass. */
-  advance(ms: number): void;
+  /** Lets `ms` pass, once all that waits was seen to wait. */
+  advance(ms: number): Promise<void>;
 }
 
 /** Runs `use` while the time that deadlines are measured with stands still, until it is advanced. */
 async function withClock(use: (clock: Clock) => Promise<void>): Promise<void> {
   const { now } = performance;
   let time = now.call(performance);
-  performance.now = () => time;
+  let looked = Promise.withResolvers<void>();
+  performance.now = () => {
+    looked.resolve();
+    return time;
+  };
   try {
     await use({
-      advance: (ms) => {
+      advance: async (ms) => {
+        const canary = new SocketStream(new FakeConn(), { timeout: SHORT_MS });
+        const read = canary.recv();
+        looked = Promise.withResolvers();
+        await looked.promise; // A look has begun, and it goes through all streams in one turn.
         time += ms;
+        canary.close();
+        await assertRejects(() => read, Deno.errors.BadResource);
       },
     });
   } finally {
@@ -425,12 +435,10 @@ async function withClock(use: (clock: Clock) => Promise<void>): Promise<void> {
   }
 }
 
-/** Resolves when every deadline that has passed was acted upon: when one that passes only now was. */
+/** Resolves when every deadline that has passed was acted upon. */
 async function deadlinesWereLookedAt(clock?: Clock): Promise<void> {
-  const timeout = clock === undefined ? 2 * SHORT_MS : 0.001;
-  const canary = new SocketStream(new FakeConn(), { timeout });
-  const read = canary.recv();
-  clock?.advance(timeout);
-  await assertRejects(() => read, Deno.errors.TimedOut);
+  if (clock !== undefined) return await clock.advance(0);
+  const canary = new SocketStream(new FakeConn(), { timeout: 2 * SHORT_MS });
+  await assertRejects(() => canary.recv(), Deno.errors.TimedOut);
   canary.close();
 }
