@@ -1150,8 +1150,8 @@ interface Waiting {
   readonly timeout: number;
   /** When its deadline was first looked at. */
   seenAt: number;
-  /** The caller's own array, where the read has one. */
-  readonly into: Uint8Array | undefined;
+  /** The caller's own array, empty where the read has none. */
+  readonly into: Uint8Array;
   /** Whether the read begins a new message, so that a draining server may end it. */
   readonly startsMessage: boolean;
   /** Answers the read if it can be answered by now. */
@@ -1159,45 +1159,62 @@ interface Waiting {
   reject(error: unknown): void;
 }
 
-/** A read that waits. */
-class Reader<T> implements Waiting {
+/** A search that goes on where it stopped, so that a line that comes byte by byte is not searched over and over. */
+interface Search {
+  /** How much of what has arrived holds no delimiter. */
+  searched: number;
+}
+
+/**
+ * One way to read a stream, which waits for one answer at a time. It is used
+ * again and again: what is made anew for each message is paid for in the time of
+ * each message, and twice where large ones fill the caches.
+ */
+class Reader<T> implements Waiting, Search {
   readonly call: string;
-  readonly timeout: number;
-  readonly into: Uint8Array | undefined;
-  readonly startsMessage: boolean;
-  readonly answer: Promise<T>;
-  readonly #take: () => T | typeof MORE;
-  readonly #resolve: (answer: T) => void;
-  readonly #reject: (error: unknown) => void;
+  readonly #take: (reader: Reader<T>) => T | typeof MORE;
+  #answer: Promise<T> | undefined;
+  #resolve: (answer: T) => void = ignore;
+  #reject: (error: unknown) => void = ignore;
+  startsMessage = true;
+  into: Uint8Array = NO_BYTES;
+  /** The most bytes that the caller wants. */
+  maxBytes = Infinity;
+  searched = 0;
+  timeout = Infinity;
   seenAt = UNSEEN;
 
-  constructor(
-    call: string,
-    take: () => T | typeof MORE,
-    timeout: number,
-    startsMessage: boolean,
-    into: Uint8Array | undefined,
-  ) {
-    const { promise, resolve, reject } = Promise.withResolvers<T>();
+  /** `take` answers from what has arrived, or asks for more. */
+  constructor(call: string, take: (reader: Reader<T>) => T | typeof MORE) {
     this.call = call;
-    this.timeout = timeout;
-    this.into = into;
-    this.startsMessage = startsMessage;
-    this.answer = promise;
     this.#take = take;
-    this.#resolve = resolve;
-    this.#reject = reject;
   }
 
+  take(): T | typeof MORE {
+    this.searched = 0;
+    return this.#take(this);
+  }
+
+  wait(timeout: number): Promise<T> {
+    this.timeout = timeout;
+    this.seenAt = UNSEEN;
+    return this.#answer = new Promise(this.#settler);
+  }
+
+  readonly #settler = (resolve: (answer: T) => void, reject: (error: unknown) => void): void => {
+    this.#resolve = resolve;
+    this.#reject = reject;
+  };
+
   advance(): boolean {
-    const answer = this.#take();
+    const answer = this.#take(this);
     if (answer === MORE) return false;
     this.#resolve(answer);
     return true;
   }
 
   reject(error: unknown): void {
-    forgettable(this.answer);
+    if (this.#answer !== undefined) forgettable(this.#answer);
     this.#reject(error);
   }
 }
@@ -1276,10 +1293,13 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   readonly #output: WriteQueue;
   #timeout: number;
   #reader: Waiting | undefined;
+  #chunkReader: Reader<Uint8Array<ArrayBuffer> | null> | undefined;
+  #countReader: Reader<number | null> | undefined;
+  #lineReader: Reader<string | null> | undefined;
   /** Whether a `conn.read()` is under way; it cannot be cancelled, so it may outlive its reader. */
   #filling = false;
   /** The array of a caller that is being filled, and the count of bytes put into it. */
-  #direct: Uint8Array | undefined;
+  #direct: Uint8Array = NO_BYTES;
   #directCount = 0;
   /** No more bytes will come. */
   #ended = false;
@@ -1399,7 +1419,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     if (!(maxBytes >= 1 && (Number.isInteger(maxBytes) || maxBytes === Infinity))) {
       return rejection(new RangeError(`Cannot recv(${maxBytes}): ask for a whole number of 1 or more, or Infinity`));
     }
-    return this.#read("recv()", () => this.#takeChunk(maxBytes));
+    const reader = this.#chunkReader ??= new Reader("recv()", ({ maxBytes }) => this.#takeChunk(maxBytes));
+    if (this.#reader === undefined) reader.maxBytes = maxBytes;
+    return this.#read(reader);
   }
 
   /**
@@ -1429,7 +1451,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     if (into.length === 0) {
       return rejection(new RangeError("Cannot read() into an empty array: a loop over it would spin"));
     }
-    return this.#read("read()", () => this.#takeInto(into), true, into);
+    const reader = this.#countReader ??= new Reader("read()", ({ into }) => this.#takeInto(into));
+    if (this.#reader === undefined) reader.into = into;
+    return this.#read(reader);
   }
 
   /**
@@ -1459,8 +1483,10 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     if (!(Number.isSafeInteger(bytes) && bytes >= 0)) {
       return rejection(new RangeError(`Cannot readExactly(${bytes}): ask for a whole number of 0 or more`));
     }
+    const reader = new Reader("readExactly()", () => this.#takeExactly(bytes));
     // A body that is read behind its header is the middle of a message.
-    return this.#read("readExactly()", () => this.#takeExactly(bytes), !this.#unanswered);
+    reader.startsMessage = !this.#unanswered;
+    return this.#read(reader);
   }
 
   /**
@@ -1490,8 +1516,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   readUntil(delimiter: Uint8Array | string): Promise<Uint8Array<ArrayBuffer> | null> {
     const bytes = typeof delimiter === "string" ? encoder.encode(delimiter) : delimiter.slice();
     if (bytes.length === 0) return rejection(new RangeError("Cannot readUntil() an empty delimiter"));
-    const search = { delimiter: bytes, searched: 0 };
-    return this.#read("readUntil()", () => this.#takeUntil(search));
+    return this.#read(new Reader("readUntil()", (reader) => this.#takeUntil(bytes, reader)));
   }
 
   /**
@@ -1516,8 +1541,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * ```
    */
   readLine(): Promise<string | null> {
-    const search = { delimiter: LINE_FEED, searched: 0 };
-    return this.#read("readLine()", () => this.#takeLine(search));
+    return this.#read(this.#lineReader ??= new Reader("readLine()", (reader) => this.#takeLine(reader)));
   }
 
   /**
@@ -1539,10 +1563,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * ```
    */
   lines(): AsyncIterableIterator<string> {
-    return this.#iterate("lines()", () => {
-      const search = { delimiter: LINE_FEED, searched: 0 };
-      return () => this.#takeLine(search);
-    });
+    return this.#iterate("lines()", (reader) => this.#takeLine(reader));
   }
 
   /**
@@ -1574,12 +1595,12 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    */
   frames(options: FrameOptions = {}): AsyncIterableIterator<Uint8Array<ArrayBuffer>> {
     const format = resolveFrameOptions(options);
-    return this.#iterate("frames()", () => () => this.#takeFrame(format));
+    return this.#iterate("frames()", () => this.#takeFrame(format));
   }
 
   /** Iterates over chunks, as {@linkcode SocketStream.recv} reads them. Leaving the loop early leaves the stream open. */
   [Symbol.asyncIterator](): AsyncIterableIterator<Uint8Array<ArrayBuffer>> {
-    return this.#iterate("for await", () => () => this.#takeChunk(Infinity));
+    return this.#iterate("for await", () => this.#takeChunk(Infinity));
   }
 
   /**
@@ -1822,7 +1843,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     this.#reader = {
       call: "startTls()",
       advance: () => false,
-      into: undefined,
+      into: NO_BYTES,
       timeout,
       seenAt: UNSEEN,
       startsMessage: false,
@@ -1886,46 +1907,42 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     });
   }
 
-  /** The one place where reads wait. `take` answers from what has arrived, or asks for more. */
-  #read<T>(call: string, take: () => T | typeof MORE, startsMessage = true, into?: Uint8Array): Promise<T> {
+  /** The one place where reads wait. */
+  #read<T>(reader: Reader<T>): Promise<T> {
     if (this.#closed) return rejection(this.#readFailure);
     if (this.#reader !== undefined) {
-      return rejection(new Deno.errors.Busy(`Cannot ${call}: ${this.#reader.call} waits on the same stream`));
+      return rejection(new Deno.errors.Busy(`Cannot ${reader.call}: ${this.#reader.call} waits on the same stream`));
     }
     try {
-      const answer = take();
+      const answer = reader.take();
       if (answer !== MORE) return Promise.resolve(answer);
     } catch (error) {
       return rejection(this.#own(error));
     }
     if (this.#readFailed) return rejection(this.#readFailure);
-    if (this.#endsBetweenMessages(startsMessage)) this.#ended = true;
-    return this.#wait(call, take, startsMessage, into);
+    if (this.#draining !== "no" && this.#endsBetweenMessages(reader.startsMessage)) this.#ended = true;
+    return this.#wait(reader);
   }
 
-  #wait<T>(call: string, take: () => T | typeof MORE, startsMessage: boolean, into?: Uint8Array): Promise<T> {
-    const reader = new Reader(call, take, this.#timeout, startsMessage, into);
+  #wait<T>(reader: Reader<T>): Promise<T> {
+    const answer = reader.wait(this.#timeout);
     this.#reader = reader;
     // What was gathered must be out before the handler waits for the answer to it.
     this.#output.flushGathered();
     if (this.#needsWatch) this.#watchFor(this.#timeout);
     if (this.#ended) this.#advance();
     else if (!this.#filling) this.#fill();
-    return reader.answer;
+    return answer;
   }
 
-  #iterate<T>(call: string, taker: () => () => T | null | typeof MORE): AsyncIterableIterator<T> {
+  #iterate<T>(call: string, take: (search: Search) => T | null | typeof MORE): AsyncIterableIterator<T> {
     let isOver = false;
-    const next = (): Promise<IteratorResult<T, undefined>> => {
-      if (isOver) return Promise.resolve({ done: true, value: undefined });
-      const take = taker();
-      return this.#read(call, () => {
-        const value = take();
-        return value === MORE ? MORE : value === null ? { done: true, value: undefined } : { done: false, value };
-      });
-    };
+    const reader = new Reader<IteratorResult<T, undefined>>(call, (reader) => {
+      const value = take(reader);
+      return value === MORE ? MORE : value === null ? { done: true, value: undefined } : { done: false, value };
+    });
     return {
-      next,
+      next: () => isOver ? Promise.resolve({ done: true, value: undefined }) : this.#read(reader),
       return: () => {
         isOver = true;
         return Promise.resolve({ done: true, value: undefined });
@@ -1940,8 +1957,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     this.#filling = true;
     // A read with a deadline may leave before its bytes come, which then must
     // not land in an array that its caller uses for something else.
-    this.#direct = this.#timeout === Infinity ? this.#reader?.into : undefined;
-    this.#conn.read(this.#direct ?? this.#input.room()).then(this.#onRead, this.#onReadFailure);
+    this.#direct = this.#timeout === Infinity && this.#reader !== undefined ? this.#reader.into : NO_BYTES;
+    const room = this.#direct.length > 0 ? this.#direct : this.#input.room();
+    this.#conn.read(room).then(this.#onRead, this.#onReadFailure);
   }
 
   readonly #onRead = (count: number | null): void => {
@@ -1962,7 +1980,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     completedReads++;
     this.#bytesRead += count;
     const direct = this.#direct;
-    if (direct === undefined) this.#input.commit(count);
+    if (direct.length === 0) this.#input.commit(count);
     else if (this.#reader?.into === direct) this.#directCount = count;
     else this.#input.append(direct.subarray(0, count)); // Its reader is gone.
   }
@@ -1986,7 +2004,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     this.#readFailed = true;
     this.#readFailure = this.#own(error);
     // A caller's array is written to until the connection is gone.
-    if (!this.#filling || this.#direct === undefined) this.#rejectReader(error);
+    if (!this.#filling || this.#direct.length === 0) this.#rejectReader(error);
   }
 
   #rejectReader(error: unknown): void {
@@ -2025,11 +2043,11 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     return this.#input.take(count);
   }
 
-  #takeUntil(search: Search): Uint8Array<ArrayBuffer> | null | typeof MORE {
-    const at = this.#find(search);
+  #takeUntil(delimiter: Uint8Array, search: Search): Uint8Array<ArrayBuffer> | null | typeof MORE {
+    const at = this.#find(delimiter, search);
     if (at >= 0) {
       this.#unanswered = true;
-      return this.#input.take(at + search.delimiter.length);
+      return this.#input.take(at + delimiter.length);
     }
     if (!this.#ended) return MORE;
     const { length } = this.#input;
@@ -2038,10 +2056,10 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   #takeLine(search: Search): string | null | typeof MORE {
-    const at = this.#find(search);
+    const at = this.#find(LINE_FEED, search);
     if (at >= 0) {
       this.#unanswered = true;
-      return this.#input.takeText(at + 1, 1 + this.#returnsBefore(at, search));
+      return this.#input.takeText(at + 1, 1 + this.#returnsBefore(at, LINE_FEED));
     }
     if (!this.#ended) return MORE;
     const { length } = this.#input;
@@ -2049,13 +2067,13 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /** Where the delimiter begins, or -1; throws when that is farther than the limit. */
-  #find(search: Search): number {
-    const at = this.#input.indexOf(search.delimiter, search.searched);
+  #find(delimiter: Uint8Array, search: Search): number {
+    const at = this.#input.indexOf(delimiter, search.searched);
     // A delimiter may be cut in two by the end of what has arrived.
-    search.searched = Math.max(0, this.#input.length - search.delimiter.length + 1);
+    search.searched = Math.max(0, this.#input.length - delimiter.length + 1);
     const before = at < 0 ? search.searched : at;
-    if (before - this.#returnsBefore(before, search) > this.#limit) {
-      const what = search.delimiter === LINE_FEED ? "line" : "record";
+    if (before - this.#returnsBefore(before, delimiter) > this.#limit) {
+      const what = delimiter === LINE_FEED ? "line" : "record";
       const message = `Cannot find the end of the ${what} within the limit of ${this.#limit} bytes (option "limit")`;
       throw new LimitOverrunError(message, this.#limit, before);
     }
@@ -2063,7 +2081,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /** 1 if a line's content ends with the `\r` of its `\r\n`, which is no part of it. */
-  #returnsBefore(index: number, { delimiter }: Search): number {
+  #returnsBefore(index: number, delimiter: Uint8Array): number {
     return delimiter === LINE_FEED && index > 0 && this.#input.at(index - 1) === CARRIAGE_RETURN ? 1 : 0;
   }
 
@@ -2168,12 +2186,6 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
 const LINE_FEED = new Uint8Array([0x0a]);
 const CARRIAGE_RETURN = 0x0d;
-
-/** A search that goes on where it stopped, so that a line that comes byte by byte is not searched over and over. */
-interface Search {
-  readonly delimiter: Uint8Array;
-  searched: number;
-}
 
 function resolveFrameOptions(options: FrameOptions): Required<FrameOptions> {
   const format = resolveOptions(FRAME_DEFAULTS, options);
