@@ -8,7 +8,7 @@
 import { type Kit, LOAD_CORE } from "./kit.ts";
 import { type Contender, Server, timeStart } from "./servers.ts";
 import { type Outcome, parseReport, type Report, type Topic } from "./statistics.ts";
-import type { Load, Work } from "./works.ts";
+import { type Load, rivals, type Work } from "./works.ts";
 
 /** How much is measured. */
 export interface Effort {
@@ -42,7 +42,7 @@ export async function runWork(work: Work, kit: Kit, effort: Effort): Promise<Out
   const outcome: Outcome = { topic: work, reports: new Map(), failures: [] };
   const run = (server: Server) => runLoad(kit, server, work.load, effort.seconds * (work.length ?? 1));
   if (work.isFresh) await runOnce(contenders, kit, run, outcome);
-  else await runInTurns(contenders, kit, effort.rounds, run, outcome);
+  else await runInTurns(contenders, kit, takingTurns(rivals(work), effort.rounds), run, outcome);
   return outcome;
 }
 
@@ -62,13 +62,17 @@ function isPossible({ peer, transport }: Contender, kit: Kit): boolean {
 
 type Run = (server: Server) => Promise<Report>;
 
-async function runInTurns(
-  contenders: Contender[],
-  kit: Kit,
-  rounds: number,
-  run: Run,
-  outcome: Outcome,
-): Promise<void> {
+/** For each round, whether somebody of that name is in it. */
+type Turns = ((name: string) => boolean)[];
+
+/** Whom nothing is held against needs no more rounds than show about where it stands. */
+const SPECTATOR_ROUNDS = 3;
+
+function takingTurns(rivals: Set<string>, rounds: number): Turns {
+  return Array.from({ length: rounds }, (_, round) => (name) => round < SPECTATOR_ROUNDS || rivals.has(name));
+}
+
+async function runInTurns(contenders: Contender[], kit: Kit, turns: Turns, run: Run, outcome: Outcome): Promise<void> {
   await using started = new AsyncDisposableStack();
   const servers: Server[] = [];
   for (const contender of contenders) {
@@ -76,8 +80,9 @@ async function runInTurns(
     const server = await attempt(outcome, contender.name, () => Server.start(contender, kit));
     if (server !== undefined) servers.push(started.use(server));
   }
-  for (let round = 0; round < rounds; round++) {
-    for (const server of rotated(servers, round)) await note(outcome, server.name, () => run(server));
+  for (const [round, isIn] of turns.entries()) {
+    const running = servers.filter(({ name }) => isIn(name));
+    for (const server of rotated(running, round)) await note(outcome, server.name, () => run(server));
   }
 }
 

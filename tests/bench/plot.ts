@@ -55,8 +55,9 @@ const COLOURS = [
 /** Lines that come close are told apart by these too. */
 const DASHES = ["", "7 3", "2 3", "9 3 2 3"];
 
+/** Grey that is legible on both, and better where the picture is told which it is. */
 const STYLE = `
-    text { font: 13px system-ui, sans-serif; fill: #495057; }
+    text { font: 13px system-ui, sans-serif; fill: #6c757d; }
     .title { font-size: 15px; font-weight: 600; }
     .grid { stroke: #adb5bd; stroke-opacity: 0.4; }
     .series { fill: none; stroke-width: 1.8; stroke-linejoin: round; }

@@ -240,9 +240,13 @@ export function allWorks(isQuick: boolean): Work[] {
   return isQuick ? works.map(withoutSpectators) : works;
 }
 
-/** With those only whom ours is compared with, and the bare loop. */
+/** With those only that matter to what ours is held to. */
 function withoutSpectators(work: Work): Work {
-  const rivals = new Set([BARE.name, ...work.goals.map(({ against }) => against)]);
-  const [ours, ...others] = work.contenders;
-  return { ...work, contenders: [...(ours ? [ours] : []), ...others.filter(({ name }) => rivals.has(name))] };
+  const names = rivals(work);
+  return { ...work, contenders: work.contenders.filter(({ name }) => names.has(name)) };
+}
+
+/** Ours, whom it is compared with, and the bare loop; the others are spectators. */
+export function rivals({ contenders, goals }: Work): Set<string> {
+  return new Set([contenders[0]?.name ?? "", BARE.name, ...goals.map(({ against }) => against ?? "")]);
 }
