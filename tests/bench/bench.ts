@@ -120,8 +120,8 @@ function describe(kit: Kit, { rounds, seconds }: Effort): string {
   const model = os.cpus()[0]?.model ?? "unknown processor";
   return [
     `${model}, ${cores} cores, Linux ${os.release()}, ${new Date().toISOString().slice(0, 10)}`,
-    kit.canPin ? "server and load on a core of their own" : "server and load share all cores",
-    `${rounds} rounds of ${seconds} s`,
+    kit.canPin ? "the server has one core, the load another" : "the server and the load share all cores",
+    `rounds: ${rounds}, each of ${seconds} s`,
     ...kit.versions,
     ...kit.missing.map((name) => `missing: ${name}`),
   ].map((line) => `- ${line}`).join("\n");
@@ -158,4 +158,12 @@ function seriesOf(growth: GrowthPoint[]): Series[] {
   }));
 }
 
-if (import.meta.main) await main(Deno.args);
+if (import.meta.main) {
+  try {
+    await main(Deno.args);
+  } catch (error) {
+    if (!(error instanceof TypeError)) throw error;
+    console.error(`bench.ts: ${error.message}`);
+    Deno.exitCode = 1;
+  }
+}

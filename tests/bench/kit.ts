@@ -27,8 +27,8 @@ const PROGRAM_TITLES: Partial<Record<ProgramName, string>> = { node: "Node", bun
 export const SERVER_CORE = 0;
 export const LOAD_CORE = 1;
 
-/** Asking a server on the internet whether there is a newer Deno has no place in a benchmark. */
-const ENVIRONMENT = { DENO_NO_UPDATE_CHECK: "1", NO_COLOR: "1" };
+/** Nobody asks the internet for anything: Deno not whether there is a newer one, and Go not for modules. */
+const ENVIRONMENT = { DENO_NO_UPDATE_CHECK: "1", NO_COLOR: "1", GOPROXY: "off", GOTOOLCHAIN: "local" };
 
 export class Kit implements AsyncDisposable {
   /** Temporary: for what is built, and for Unix sockets. */
@@ -50,8 +50,10 @@ export class Kit implements AsyncDisposable {
       if (version !== undefined) versions.set(name, version);
     }
     if (!versions.has("cc")) throw new TypeError("The load generator needs a C compiler: there is no cc on the PATH");
-    const kit = new Kit(await Deno.makeTempDir({ prefix: "bench-" }), versions);
+    await using cleanUp = new AsyncDisposableStack();
+    const kit = cleanUp.use(new Kit(await Deno.makeTempDir({ prefix: "bench-" }), versions));
     await kit.#buildLoad();
+    cleanUp.move();
     return kit;
   }
 

@@ -215,7 +215,7 @@ function growth(isQuick: boolean): Work[] {
   return (isQuick ? QUICK_GROWTH : GROWTH).map((connections) => ({
     ...BASE,
     id: GROWTH_ID,
-    title: `${connections} connections`,
+    title: `growth, ${connections}`,
     load: echo(connections, SMALL),
     contenders: among("recv", ALL_PEERS),
     goals: [],
