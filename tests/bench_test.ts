@@ -94,8 +94,8 @@ Deno.test("formatTable() makes every line as wide as the next", () => {
 const OUTCOME: Outcome = {
   topic: { id: "echo", title: "echo", unit: "replies/s", goals: [HELD_TO_BARE], figures: ["rate", "cpu"] },
   reports: new Map([
-    ["ours", [{ rate: 100, cpu: 5 }, { rate: 120, cpu: 5 }]],
-    ["bare loop", [{ rate: 100, cpu: 4 }, { rate: 100, cpu: 4 }]],
+    ["ours", [{ rate: 100, cpu: 5, busy: 1 }, { rate: 120, cpu: 5, busy: 1 }]],
+    ["bare loop", [{ rate: 100, cpu: 4, busy: 0.9 }, { rate: 100, cpu: 4, busy: 0.9 }]],
     ["Go", [{ rate: 200 }, {}]],
   ]),
   failures: [],
@@ -105,7 +105,7 @@ Deno.test("goalTable() says what is reached, and by how much", () => {
   const [, , row = ""] = goalTable([OUTCOME]).split("\n");
   assertMatch(
     row,
-    /echo +\| +replies\/s \| +110 \| +100 \| +bare loop \| +1\.10 \| +≥ 0\.95 \| +yes \| +5\.00 µs \| +0\.80 \|/,
+    /echo +\| +replies\/s \| +110 \| +100 \| +bare loop \| +1\.10 \| +≥ 0\.95 \| +yes \| +5\.00 µs \| +0\.80 \| +90 % \|/,
   );
 });
 

@@ -20,6 +20,7 @@ interface Figure {
 export const FIGURES = {
   rate: { title: "rate", better: "more", format: formatCount },
   cpu: { title: "CPU for each", better: "less", format: formatTime },
+  busy: { title: "server busy", better: "more", format: formatPercent },
   p50: { title: "p50", better: "less", format: formatTime },
   p99: { title: "p99", better: "less", format: formatTime },
   p999: { title: "p99.9", better: "less", format: formatTime },
@@ -132,6 +133,12 @@ export function formatReached(goal: Goal, value: number): string {
 export function formatRatio(value: number): string {
   return formatUnless(value, () => value.toFixed(value < 10 ? 2 : 1));
 }
+
+function formatPercent(part: number): string {
+  return formatUnless(part, () => `${(part * PERCENT).toFixed(0)} %`);
+}
+
+const PERCENT = 100;
 
 /** Something from 0 to 1 whose last thousandths matter. */
 function formatPart(value: number): string {

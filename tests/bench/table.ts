@@ -67,6 +67,7 @@ const GOAL_HEADING = [
   "met",
   "CPU of ours",
   "CPU, ratio",
+  "busy",
 ];
 
 /** What ours is held to: a row for each goal. */
@@ -90,7 +91,14 @@ function goalRow({ topic, reports }: Outcome, goal: Goal): string[] {
     Number.isNaN(value) ? "not measured" : isMet(goal, value) ? "yes" : "no",
     show("cpu", ours),
     formatRatio(median(ours.map((report, round) => ratio("cpu", report, theirs[round] ?? {})))),
+    lessBusy(ours, theirs),
   ];
+}
+
+/** How busy the less busy one was; where that is little, something else was the limit. */
+function lessBusy(...both: Report[][]): string {
+  const parts = both.map((reports) => medianOf("busy", reports)).filter(Number.isFinite);
+  return parts.length === 0 ? "-" : FIGURES.busy.format(Math.min(...parts));
 }
 
 /** The rates and more of `names`, ours first: a row for each figure of each topic that others than the first two were in. */

@@ -114,7 +114,7 @@ function crowds(): Work[] {
     load: echo(BUSY, SMALL),
     contenders: among("recv", ALL_PEERS),
     goals: [times("rate", 0.8), times("p999", 10), within("p999", 40 * MS), within("jain", 0.99)],
-    figures: ["rate", "cpu", "p50", "p999", "jain"],
+    figures: ["rate", "cpu", "p50", "p999", "jain", "slowestFirstReply"],
   }, {
     ...work,
     id: "newcomers",

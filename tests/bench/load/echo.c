@@ -248,6 +248,7 @@ void run_echo(const Options *given) {
   print_figures((Figure[]){
       {"rate", replies / (end - begun)},
       {"cpu", cpu * 1e6 / replies},
+      {"busy", cpu / (end - begun)},
       {"p50", percentile(0.5)},
       {"p99", percentile(0.99)},
       {"p999", percentile(0.999)},

@@ -54,6 +54,7 @@ void run_stream(const Options *options) {
   print_figures((Figure[]){
       {"rate", mebibytes / (end - begun)},
       {"cpu", cpu * 1e6 / mebibytes},
+      {"busy", cpu / (end - begun)},
       {"memory", resident_bytes(server)},
       {NULL, 0},
   });

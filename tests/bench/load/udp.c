@@ -81,6 +81,7 @@ void run_udp(const Options *options) {
   print_figures((Figure[]){
       {"rate", (double)answers / (end - start)},
       {"cpu", cpu * 1e6 / (double)answers},
+      {"busy", cpu / (end - start)},
       {"p50", percentile(0.5)},
       {"p99", percentile(0.99)},
       {"p999", percentile(0.999)},
