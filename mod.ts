@@ -1137,6 +1137,82 @@ function flushAll(): void {
   }
 }
 
+// --- Fair turns -------------------------------------------------------------
+
+/** Reads that the runtime completes in one turn of its event loop (tokio's budget). */
+const RUNTIME_BUDGET = 128;
+
+/** Queued streams that go on in one turn, so that others than streams find room in the budget. */
+const READS_PER_TURN = 64;
+
+/** How many more go on than were served, as some of those that went on may have nothing to read. */
+const EXTRA_READS = 8;
+
+/** Milliseconds after which the queue moves on although nobody was served. */
+const STALL_MS = 1;
+
+/** A stream that waits for its turn to read. */
+interface TurnTaker {
+  takeTurn(): void;
+}
+
+/**
+ * Lets busy streams read in turn.
+ */
+class Turnstile {
+  readonly #waiting: TurnTaker[] = [];
+  /** Where the queue begins in `#waiting`. */
+  #first = 0;
+  /** Reads that were completed in this turn. */
+  #completed = 0;
+  #streams = 0;
+  #timer: ReturnType<typeof setTimeout> | undefined;
+
+  enter(): void {
+    this.#streams++;
+  }
+
+  leave(): void {
+    this.#streams--;
+  }
+
+  /** Whether `taker` may read at once; otherwise it is called when it is its turn. */
+  admits(taker: TurnTaker): boolean {
+    if (this.#completed < RUNTIME_BUDGET && this.#waiting.length === 0) return true;
+    this.#waiting.push(taker);
+    return false;
+  }
+
+  /** A read was completed. */
+  noteRead(): void {
+    if (this.#streams < RUNTIME_BUDGET) return;
+    if (this.#completed++ === 0) setImmediate(this.#endTurn);
+  }
+
+  readonly #endTurn = (): void => {
+    const count = Math.min(this.#completed + EXTRA_READS, READS_PER_TURN);
+    this.#completed = 0;
+    clearTimeout(this.#timer);
+    this.#timer = undefined;
+    if (this.#waiting.length === 0) return;
+    this.#letGo(count);
+    if (this.#waiting.length > 0) this.#timer = setTimeout(this.#endTurn, STALL_MS);
+  };
+
+  #letGo(count: number): void {
+    const end = Math.min(this.#first + count, this.#waiting.length);
+    while (this.#first < end) this.#waiting[this.#first++]?.takeTurn();
+    if (this.#first === this.#waiting.length) {
+      this.#waiting.length = this.#first = 0;
+    } else if (this.#first > this.#waiting.length >> 1) {
+      this.#waiting.splice(0, this.#first);
+      this.#first = 0;
+    }
+  }
+}
+
+const turnstile = new Turnstile();
+
 // --- Streams ----------------------------------------------------------------
 
 /** What a try to answer a read returns when more bytes are needed. */
@@ -1349,6 +1425,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     this.#idleTimeout = idleTimeout;
     this.#limit = limit;
     this.#output = new WriteQueue(conn, highWaterMark, (error) => this.#own(error));
+    turnstile.enter();
     this.#needsWatch = timeout !== Infinity || idleTimeout !== Infinity;
     this.#watchFor(idleTimeout);
   }
@@ -1955,6 +2032,22 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
   #fill(): void {
     this.#filling = true;
+    // Who has just come is nobody's rival yet.
+    if (this.#bytesRead === 0 || turnstile.admits(this.#turn)) this.#readNow();
+  }
+
+  readonly #turn: TurnTaker = {
+    takeTurn: () => {
+      this.#filling = false;
+      // Its reader may have given up while it was waiting.
+      if (this.#reader !== undefined && !this.#closed) {
+        this.#filling = true;
+        this.#readNow();
+      }
+    },
+  };
+
+  #readNow(): void {
     // A read with a deadline may leave before its bytes come, which then must
     // not land in an array that its caller uses for something else.
     this.#direct = this.#timeout === Infinity && this.#reader !== undefined ? this.#reader.into : NO_BYTES;
@@ -1978,6 +2071,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
   #receive(count: number): void {
     completedReads++;
+    turnstile.noteRead();
     this.#bytesRead += count;
     const direct = this.#direct;
     if (direct.length === 0) this.#input.commit(count);
@@ -2131,6 +2225,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   #shut(error: unknown): void {
     if (this.#closed) return;
     this.#closed = true;
+    turnstile.leave();
     deadlines.unwatch(this.#timed);
     this.#failReading(error);
   }
