@@ -76,7 +76,7 @@ Deno.test("a chunk that is kept does not keep a buffer alive that is much larger
     for (let round = 0; round < 40; round++) {
       conn.give(pattern(size));
       const chunk = await stream.readExactly(size);
-      assert(chunk.buffer.byteLength <= Math.max(4_096, 64 * size), `${size} bytes keep ${chunk.buffer.byteLength}`);
+      assert(chunk.buffer.byteLength <= Math.max(2_048, 64 * size), `${size} bytes keep ${chunk.buffer.byteLength}`);
     }
   }
   stream.close();
