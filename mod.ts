@@ -666,6 +666,12 @@ const MAX_RETENTION = 64;
 /** Less room than this at the end of a buffer is not worth a read. */
 const MIN_ROOM_BYTES = 64;
 
+/**
+ * Lines are decoded together, up to so many bytes: for each by itself the decoder's call would cost four times the
+ * rest. V8 lets a line that is kept keep the text that it is cut from.
+ */
+const TEXT_BYTES = 4_096;
+
 const NO_BYTES: Uint8Array<ArrayBuffer> = new Uint8Array(0);
 
 /**
@@ -682,6 +688,10 @@ class ReadBuffer {
   #wanted = READ_BUFFER_MIN_BYTES;
   #lastCount = 0;
   #smallReads = 0;
+  /** Whole lines that are decoded already, one character for each byte; empty if there are others than ASCII. */
+  #text = "";
+  #textStart = 0;
+  #textEnd = 0;
 
   get length(): number {
     return this.#end - this.#start;
@@ -689,6 +699,7 @@ class ReadBuffer {
 
   /** Where the next bytes go; valid until {@linkcode ReadBuffer.commit}, and never empty. */
   room(): Uint8Array<ArrayBuffer> {
+    this.#textEnd = 0; // Bytes may move.
     if (this.length === 0) this.#makeRoomWhenEmpty();
     else if (this.#end === this.#bytes.length) this.#makeRoomBehind();
     return this.#end === 0 ? this.#bytes : this.#bytes.subarray(this.#end);
@@ -782,6 +793,30 @@ class ReadBuffer {
     return decoder.decode(this.#bytes.subarray(from, this.#start - dropped));
   }
 
+  /** The next line without its end, if it is among those that were decoded and not longer than `limit` bytes. */
+  takeDecodedLine(limit: number): string | undefined {
+    const text = this.#text;
+    if (this.#start >= this.#textEnd || text === "") return undefined;
+    const from = this.#start - this.#textStart;
+    const to = text.indexOf("\n", from);
+    const end = to > from && text.charCodeAt(to - 1) === CARRIAGE_RETURN ? to - 1 : to;
+    if (to < 0 || end - from > limit) return undefined;
+    this.#start = this.#textStart + to + 1;
+    return text.slice(from, end);
+  }
+
+  /** Decodes the lines of which the first one ends at `index`, if they are ASCII and short. */
+  decodeLines(index: number): void {
+    if (this.#start < this.#textEnd || index >= TEXT_BYTES) return;
+    const window = this.#bytes.subarray(this.#start, Math.min(this.#start + TEXT_BYTES, this.#end));
+    const count = window.lastIndexOf(LINE_FEED_BYTE) + 1;
+    const text = decoder.decode(window.subarray(0, count));
+    this.#textStart = this.#start;
+    this.#textEnd = this.#start + count;
+    // Otherwise it could not be told how many bytes a line has.
+    this.#text = text.length === count ? text : "";
+  }
+
   /** The byte at `index` of what is buffered. */
   at(index: number): number {
     return this.#bytes[this.#start + index] ?? 0;
@@ -818,6 +853,10 @@ class ReadBuffer {
   }
 }
 
+const LINE_FEED_BYTE = 0x0a;
+const LINE_FEED = new Uint8Array([LINE_FEED_BYTE]);
+const CARRIAGE_RETURN = 0x0d;
+
 /** Lines are UTF-8. A byte order mark is the caller's to see, and what is no UTF-8 becomes U+FFFD. */
 const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
 
@@ -842,6 +881,12 @@ export interface StreamConn {
 /** Small writes are gathered in blocks of this size. */
 const BLOCK_BYTES = 16_384;
 
+/**
+ * Text is gathered as text and encoded as one, up to so many characters: to encode each line by itself costs four times
+ * as much. A block has room for what they can become.
+ */
+const TEXT_CHARACTERS = 4_096;
+
 /** Blocks that are kept for the next write instead of being made anew: 1 MiB at most. */
 const MAX_SPARE_BLOCKS = 64;
 
@@ -849,6 +894,9 @@ const MAX_SPARE_BLOCKS = 64;
 const spareBlocks: Uint8Array<ArrayBuffer>[] = [];
 
 const encoder = new TextEncoder();
+
+/** The most bytes that one unit of a string becomes. */
+const MAX_UTF8_BYTES = 3;
 
 const DONE: Promise<void> = Promise.resolve();
 
@@ -891,6 +939,8 @@ class WriteQueue {
   #sending: Promise<void> | undefined;
   #block: Uint8Array<ArrayBuffer> | undefined;
   #blockLength = 0;
+  /** Text that was written after what the block holds. */
+  #text = "";
   #busy = false;
   #failure: unknown;
   #failed = false;
@@ -911,15 +961,27 @@ class WriteQueue {
 
   /** Whether there is nothing that still has to leave. */
   get idle(): boolean {
-    return !this.#busy && this.#blockLength === 0 && this.#jobs.length === 0;
+    return !this.#busy && !this.#hasGathered && this.#jobs.length === 0;
   }
 
   /** Gathers `data`; resolves at once unless too much is waiting already. */
   write(data: Uint8Array | string): Promise<void> {
     if (this.#refuses) return this.#refuse("write()");
+    if (typeof data === "string" && data.length <= TEXT_CHARACTERS) return this.#writeText(data);
     const bytes = typeof data === "string" ? encoder.encode(data) : data;
+    this.#encodeText();
     if (this.#buffered + bytes.length > this.#highWaterMark) return this.#enqueue({ bytes });
     this.#gather(bytes);
+    if (!this.#busy) this.#flushSoon();
+    return DONE;
+  }
+
+  #writeText(text: string): Promise<void> {
+    if (this.#text.length + text.length > TEXT_CHARACTERS) this.#encodeText();
+    if (this.#buffered + this.#text.length + text.length > this.#highWaterMark) {
+      return this.#enqueue({ bytes: encoder.encode(text) });
+    }
+    this.#text += text; // A character that was cut in two becomes whole again, as in a TextEncoderStream.
     if (!this.#busy) this.#flushSoon();
     return DONE;
   }
@@ -939,7 +1001,7 @@ class WriteQueue {
     if (this.idle) return DONE;
     const last = this.#jobs.at(-1);
     // Many flushes in a row are one.
-    if (last?.bytes.length === 0 && last.settled !== undefined && this.#blockLength === 0) return last.settled.promise;
+    if (last?.bytes.length === 0 && last.settled !== undefined && !this.#hasGathered) return last.settled.promise;
     return this.#enqueue({ bytes: NO_BYTES });
   }
 
@@ -976,6 +1038,7 @@ class WriteQueue {
     this.#failure = error;
     this.#block = undefined;
     this.#blockLength = 0;
+    this.#text = "";
     this.#busy = false;
     for (const { settled } of this.#jobs.splice(0)) {
       if (settled === undefined) continue;
@@ -1010,12 +1073,34 @@ class WriteQueue {
       this.#block.set(part, this.#blockLength);
       this.#blockLength += part.length;
       from += part.length;
-      if (this.#blockLength === BLOCK_BYTES) this.#seal();
+      if (this.#blockLength === BLOCK_BYTES) this.#sealBlock();
     }
+  }
+
+  get #hasGathered(): boolean {
+    return this.#blockLength > 0 || this.#text !== "";
+  }
+
+  /** Puts the text that was gathered behind the bytes that were. */
+  #encodeText(): void {
+    const text = this.#text;
+    if (text === "") return;
+    this.#text = "";
+    if (this.#blockLength + text.length * MAX_UTF8_BYTES > BLOCK_BYTES) this.#sealBlock();
+    this.#block ??= spareBlocks.pop() ?? new Uint8Array(BLOCK_BYTES);
+    const { written } = encoder.encodeInto(text, this.#block.subarray(this.#blockLength));
+    this.#blockLength += written;
+    this.#buffered += written;
+    if (this.#blockLength === BLOCK_BYTES) this.#sealBlock();
   }
 
   /** Makes a job of what was gathered. */
   #seal(): void {
+    this.#encodeText();
+    this.#sealBlock();
+  }
+
+  #sealBlock(): void {
     const block = this.#block;
     if (block === undefined || this.#blockLength === 0) return;
     const bytes = block.subarray(0, this.#blockLength);
@@ -1059,7 +1144,7 @@ class WriteQueue {
 
   /** Nothing is left but, perhaps, what was gathered meanwhile. */
   #rest(): void {
-    if (this.#blockLength > 0) {
+    if (this.#hasGathered) {
       this.#seal();
       this.#next();
     } else {
@@ -1626,6 +1711,8 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * ```
    */
   readLine(): Promise<string | null> {
+    const line = this.#reader === undefined ? this.#takeDecodedLine() : undefined;
+    if (line !== undefined) return Promise.resolve(line);
     return this.#read(this.#lineReader ??= new Reader("readLine()", (reader) => this.#takeLine(reader)));
   }
 
@@ -1648,7 +1735,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * ```
    */
   lines(): AsyncIterableIterator<string> {
-    return this.#iterate("lines()", (reader) => this.#takeLine(reader));
+    return this.#iterate("lines()", (reader) => this.#takeLine(reader), () => this.#takeDecodedLine());
   }
 
   /**
@@ -2020,14 +2107,23 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     return answer;
   }
 
-  #iterate<T>(call: string, take: (search: Search) => T | null | typeof MORE): AsyncIterableIterator<T> {
+  /** `takeReady` answers at once where that is known to be possible. */
+  #iterate<T>(
+    call: string,
+    take: (search: Search) => T | null | typeof MORE,
+    takeReady: () => T | undefined = () => undefined,
+  ): AsyncIterableIterator<T> {
     let isOver = false;
     const reader = new Reader<IteratorResult<T, undefined>>(call, (reader) => {
       const value = take(reader);
       return value === MORE ? MORE : value === null ? { done: true, value: undefined } : { done: false, value };
     });
     return {
-      next: () => isOver ? Promise.resolve({ done: true, value: undefined }) : this.#read(reader),
+      next: () => {
+        if (isOver) return Promise.resolve({ done: true, value: undefined });
+        const value = this.#reader === undefined ? takeReady() : undefined;
+        return value === undefined ? this.#read(reader) : Promise.resolve({ done: false, value });
+      },
       return: () => {
         isOver = true;
         return Promise.resolve({ done: true, value: undefined });
@@ -2158,8 +2254,22 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   #takeLine(search: Search): string | null | typeof MORE {
+    return this.#takeDecodedLine() ?? this.#findLine(search);
+  }
+
+  #takeDecodedLine(): string | undefined {
+    if (this.#closed) return undefined;
+    const line = this.#input.takeDecodedLine(this.#limit);
+    if (line !== undefined) this.#unanswered = true;
+    return line;
+  }
+
+  #findLine(search: Search): string | null | typeof MORE {
     const at = this.#find(LINE_FEED, search);
     if (at >= 0) {
+      this.#input.decodeLines(at);
+      const line = this.#takeDecodedLine();
+      if (line !== undefined) return line;
       this.#unanswered = true;
       return this.#input.takeText(at + 1, 1 + this.#returnsBefore(at, LINE_FEED));
     }
@@ -2286,9 +2396,6 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     reader.reject(this.#own(new Deno.errors.TimedOut(message)));
   }
 }
-
-const LINE_FEED = new Uint8Array([0x0a]);
-const CARRIAGE_RETURN = 0x0d;
 
 function resolveFrameOptions(options: FrameOptions): Required<FrameOptions> {
   const format = resolveOptions(FRAME_DEFAULTS, options);
