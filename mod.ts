@@ -242,6 +242,13 @@ export interface StreamOptions {
    */
   idleTimeout?: number;
   /**
+   * Milliseconds after which the stream is closed, however busy it is; above 0,
+   * `Infinity` for never. What waits then rejects with `Deno.errors.TimedOut`.
+   *
+   * @default {Infinity}
+   */
+  maxLifetime?: number;
+  /**
    * Bytes that a line, a delimited record or a frame may have, its delimiter or
    * length prefix not counted; `Infinity` for no limit. A longer one rejects with
    * {@linkcode LimitOverrunError}.
@@ -265,9 +272,26 @@ export interface ServerOptions extends StreamOptions {
    * limit. Clients beyond it wait in the kernel's backlog until one leaves. With
    * 1 the server is Python's `TCPServer`: one client after the other.
    *
-   * @default {Infinity}
+   * A connection takes one descriptor, an encrypted one too. The default is seven
+   * eighths of the descriptors that the process may have, less 32 for the runtime:
+   * 868 of 1,024. Say it yourself where handlers open files or connections of their
+   * own, or a program has several servers. `listen()` finds it out and asks for no
+   * permission: on Linux, and in a program that has all of them (`-A`), as the
+   * runtime shows `/proc/self/limits` to no other. {@linkcode StreamServer.maxConnections}
+   * tells what was found.
+   *
+   * @default What the process's descriptors allow; `Infinity` where they cannot be known.
    */
   maxConnections?: number;
+  /**
+   * Connections that one host may have at the same time, 1 or more; `Infinity` for
+   * no limit. One more is closed at once, before a handshake and before any hook,
+   * and counted in {@linkcode ServerStats.refused}. {@linkcode hostOf} says what
+   * one host is. Clients of a Unix socket have none, so it does not apply to them.
+   *
+   * @default {Infinity}
+   */
+  maxConnectionsPerHost?: number;
   /**
    * Milliseconds that {@linkcode BaseServer.shutdown} lets handlers finish before
    * it cuts them off; 0 cuts at once, `Infinity` waits for ever.
@@ -376,13 +400,18 @@ export type ConnectOptions =
 const STREAM_DEFAULTS: Required<StreamOptions> = {
   timeout: Infinity,
   idleTimeout: Infinity,
+  maxLifetime: Infinity,
   limit: 65_536,
   highWaterMark: 65_536,
 };
 
-const SERVER_DEFAULTS: Required<ServerOptions> = {
+/** Without `maxConnections`, `listen()` finds one. */
+type ServerSettings = Omit<Required<ServerOptions>, "maxConnections"> & { maxConnections: number | undefined };
+
+const SERVER_DEFAULTS: ServerSettings = {
   ...STREAM_DEFAULTS,
-  maxConnections: Infinity,
+  maxConnections: undefined,
+  maxConnectionsPerHost: Infinity,
   grace: 10_000,
   noDelay: true,
 };
@@ -407,9 +436,11 @@ const FRAME_DEFAULTS: Required<FrameOptions> = {
 const NUMBER_RULES: Record<string, "above 0" | "0 or more" | "whole, 1 or more" | "whole, 0 or more"> = {
   timeout: "above 0",
   idleTimeout: "above 0",
+  maxLifetime: "above 0",
   limit: "whole, 1 or more",
   highWaterMark: "0 or more",
   maxConnections: "whole, 1 or more",
+  maxConnectionsPerHost: "whole, 1 or more",
   maxConcurrent: "whole, 1 or more",
   grace: "0 or more",
   handshakeTimeout: "above 0",
@@ -506,6 +537,47 @@ function bracketed(hostname: string): string {
 function canonicalHost(hostname: string): string {
   const host = bracketed(hostname);
   return URL.canParse(`http://${host}`) ? new URL(`http://${host}`).hostname : host;
+}
+
+/** The network that one IPv6 customer is given: to count addresses in it would count nobody. */
+const IPV6_NETWORK_GROUPS = 4;
+
+/**
+ * What counts as one host for {@linkcode ServerOptions.maxConnectionsPerHost}: an
+ * IPv4 address, also where it comes as `::ffff:192.0.2.1`, and the first 64 bits of
+ * an IPv6 address, as whoever has one address there has all of them.
+ *
+ * @param address The address of a client.
+ * @returns The host; `undefined` for a client without one, as that of a Unix socket is.
+ *
+ * @example
+ * ```ts
+ * import { hostOf } from "@socketserver/socketserver";
+ * import { assertEquals } from "@std/assert";
+ *
+ * assertEquals(hostOf({ transport: "tcp", hostname: "2001:db8::1:2:3:4", port: 50_000 }), "2001:db8::/64");
+ * ```
+ */
+export function hostOf(address: Deno.Addr): string | undefined {
+  if (!("hostname" in address)) return undefined;
+  const host = canonicalHost(address.hostname.replace(/%.*$/, "")); // Behind it is our own interface.
+  if (!host.startsWith("[")) return host;
+  const groups = ipv6Groups(host.slice(1, -1));
+  const mapped = /^0,0,0,0,0,ffff,(\w+),(\w+)$/.exec(groups.join());
+  if (mapped !== null) return mapped.slice(1).flatMap((group) => bytesOfGroup(group)).join(".");
+  const network = canonicalHost(`${groups.slice(0, IPV6_NETWORK_GROUPS).join(":")}::`);
+  return `${network.slice(1, -1)}/${IPV6_NETWORK_GROUPS * 16}`;
+}
+
+/** The eight numbers of an IPv6 address, in hexadecimal. */
+function ipv6Groups(host: string): string[] {
+  const [left = [], right = []] = host.split("::").map((half) => half.split(":").filter((group) => group !== ""));
+  return [...left, ...Array<string>(8 - left.length - right.length).fill("0"), ...right];
+}
+
+function bytesOfGroup(group: string): [number, number] {
+  const value = parseInt(group, 16);
+  return [value >> 8, value & 0xff];
 }
 
 /** The least permissions that opening `address` takes. */
@@ -1458,6 +1530,8 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   #conn: StreamConn;
   readonly #limit: number;
   readonly #idleTimeout: number;
+  readonly #maxLifetime: number;
+  readonly #openedAt = performance.now();
   readonly #input = new ReadBuffer();
   readonly #output: WriteQueue;
   #timeout: number;
@@ -1483,7 +1557,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   /** The server drains: waiting for a new message reads the end; when it is late, also if an answer is due. */
   #draining: "no" | "soon" | "late" = "no";
   #bytesRead = 0;
-  /** Whether there are deadlines that nobody looks at yet. */
+  /** Whether a read or write that begins has a deadline that nobody looks at often enough yet. */
   #needsWatch: boolean;
   /** When a look first found that no byte had moved in either direction; and the bytes that had. */
   #restSeenAt = UNSEEN;
@@ -1512,15 +1586,17 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * ```
    */
   constructor(conn: StreamConn, options: StreamOptions = {}) {
-    const { timeout, idleTimeout, limit, highWaterMark } = resolveOptions(STREAM_DEFAULTS, options);
+    const { timeout, idleTimeout, maxLifetime, limit, highWaterMark } = resolveOptions(STREAM_DEFAULTS, options);
     this.#conn = conn;
     this.#timeout = timeout;
     this.#idleTimeout = idleTimeout;
+    this.#maxLifetime = maxLifetime;
     this.#limit = limit;
     this.#output = new WriteQueue(conn, highWaterMark, (error) => this.#own(error));
     turnstile.enter();
-    this.#needsWatch = timeout !== Infinity || idleTimeout !== Infinity;
-    this.#watchFor(idleTimeout);
+    const always = Math.min(idleTimeout, maxLifetime);
+    this.#watchFor(always);
+    this.#needsWatch = timeout < always;
   }
 
   /** The address of this end. */
@@ -2356,17 +2432,24 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
   readonly #timed: Timed = {
     look: (now) => {
+      this.#endLateLife(now);
       this.#endLateRest(now);
       this.#endLateWrite(now);
       this.#endLateRead(now);
       const time = this.#closed ? Infinity : this.#shortestTime();
-      this.#needsWatch = time === Infinity;
+      this.#needsWatch = time > this.#timeout;
       return time;
     },
   };
 
   #shortestTime(): number {
-    return Math.min(this.#idleTimeout, this.#output.idle ? Infinity : this.#timeout, this.#reader?.timeout ?? Infinity);
+    const always = Math.min(this.#idleTimeout, this.#maxLifetime);
+    return Math.min(always, this.#output.idle ? Infinity : this.#timeout, this.#reader?.timeout ?? Infinity);
+  }
+
+  #endLateLife(now: number): void {
+    if (now - this.#openedAt < this.#maxLifetime) return;
+    this.#cut(new Deno.errors.TimedOut(`The stream was open for the maxLifetime of ${this.#maxLifetime} ms`));
   }
 
   #endLateRest(now: number): void {
@@ -3792,6 +3875,8 @@ export interface ServerStats {
   readonly errors: number;
   /** Clients that left before they were accepted, and datagrams that could not be received. */
   readonly lost: number;
+  /** Connections that were closed at once, as their host had `maxConnectionsPerHost` already. */
+  readonly refused: number;
   /** Clients whose TLS handshake failed or took too long, or that have no certificate where one is asked for. */
   readonly handshakeFailures: number;
   /** Datagrams that came while as many were served as may be. */
@@ -3923,6 +4008,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     timedOut: 0,
     errors: 0,
     lost: 0,
+    refused: 0,
     handshakeFailures: 0,
     dropped: 0,
     overloads: 0,
@@ -3997,6 +4083,9 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   protected prepareRequest(_request: Request): Promise<boolean> | undefined {
     return undefined;
   }
+
+  /** Is told that `request` is over and closed. */
+  protected noteEnded(_request: Request): void {}
 
   /** The bound address. Throws `TypeError` before `listen()`. */
   get address(): Address {
@@ -4266,7 +4355,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   /** Counts something that happened outside of a request. */
-  protected countIncident(what: "lost" | "handshakeFailures" | "dropped" | "overloads"): undefined {
+  protected countIncident(what: "lost" | "refused" | "handshakeFailures" | "dropped" | "overloads"): undefined {
     this.#counts[what]++;
   }
 
@@ -4547,6 +4636,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     if (awaitsShutdown) this.#awaitingShutdown--;
     if (this.#isClosing && !isCut) this.#counts.finished++;
     this.#addTraffic(this.#counts, request);
+    this.noteEnded(request);
     this.#wake();
   }
 
@@ -4694,19 +4784,73 @@ async function settledWithin<T>(promise: Promise<T>, ms: number): Promise<T | un
   }
 }
 
+/** Descriptors of the runtime itself: Deno 2.9.6 has 21 to 23 and opens a few more now and then. */
+const RUNTIME_DESCRIPTORS = 32;
+
+/** The part of the others that is for connections; the rest is the program's, for its files and its own dials. */
+const CONNECTIONS_SHARE = 7 / 8;
+
+/** How many connections a process with these `limits`, the text of /proc/self/limits, can serve. */
+function affordableConnections(limits: string): number {
+  // The runtime has raised the soft limit, which is the first, to the hard one.
+  const [, descriptors] = /^Max open files +(\d+)/m.exec(limits) ?? [];
+  if (descriptors === undefined) return Infinity;
+  return Math.max(1, Math.floor((Number(descriptors) - RUNTIME_DESCRIPTORS) * CONNECTIONS_SHARE));
+}
+
+/** The limits of this process, "" where they cannot be known; never asks for a permission. */
+function processLimits(): string {
+  const path = "/proc/self/limits";
+  try {
+    if (Deno.permissions.querySync({ name: "read", path }).state !== "granted") return "";
+    return Deno.readTextFileSync(path);
+  } catch {
+    // The runtime shows it to programs with all permissions only, and other systems have none.
+    return "";
+  }
+}
+
+/** How many connections each host has. */
+class HostCounts {
+  readonly #limit: number;
+  readonly #counts = new Map<string, number>();
+
+  constructor(limit: number) {
+    this.#limit = limit;
+  }
+
+  /** Counts one more, which has to {@linkcode HostCounts.leave}; `false` if the host has as many as it may. */
+  enter(host: string): boolean {
+    const count = this.#counts.get(host) ?? 0;
+    if (count >= this.#limit) return false;
+    this.#counts.set(host, count + 1);
+    return true;
+  }
+
+  leave(host: string): void {
+    const left = (this.#counts.get(host) ?? 1) - 1;
+    if (left > 0) this.#counts.set(host, left);
+    else this.#counts.delete(host);
+  }
+}
+
 /**
  * A server of connections: it accepts them, makes a {@linkcode SocketStream} of
  * each and hands it to a handler of its own. What it adds to
  * {@linkcode BaseServer}:
  *
- * Call: `connections`. Override: `getRequest`.
+ * Call: `connections`. Override: `getRequest`. Read: `maxConnections`.
  *
  * @typeParam Address The kind of address that the server has.
  */
 export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extends BaseServer<SocketStream, Address> {
   readonly #Handler: StreamRequestHandlerClass;
-  readonly #options: Required<ServerOptions>;
+  readonly #options: ServerSettings;
   readonly #streamOptions: StreamOptions;
+  #maxConnections: number;
+  readonly #hosts: HostCounts;
+  /** The hosts of the requests that are counted there. */
+  readonly #hostOf = new WeakMap<SocketStream, string>();
   #listener: Deno.Listener | undefined;
   #accepting: Promise<Deno.Conn> | undefined;
 
@@ -4719,10 +4863,17 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   protected constructor(Handler: StreamRequestHandlerClass, options: ServerOptions) {
     const resolved = resolveOptions(SERVER_DEFAULTS, options);
     super(resolved.grace);
-    const { timeout, idleTimeout, limit, highWaterMark } = resolved;
+    const { timeout, idleTimeout, maxLifetime, limit, highWaterMark } = resolved;
     this.#Handler = Handler;
     this.#options = resolved;
-    this.#streamOptions = { timeout, idleTimeout, limit, highWaterMark };
+    this.#streamOptions = { timeout, idleTimeout, maxLifetime, limit, highWaterMark };
+    this.#maxConnections = resolved.maxConnections ?? Infinity;
+    this.#hosts = new HostCounts(resolved.maxConnectionsPerHost);
+  }
+
+  /** The most connections that are served at the same time: the option, or what `listen()` has found in its place. */
+  get maxConnections(): number {
+    return this.#maxConnections;
   }
 
   /**
@@ -4788,6 +4939,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
       closeQuietly(listener);
       this.checkOpen();
     }
+    if (this.#options.maxConnections === undefined) this.#maxConnections = affordableConnections(processLimits());
     this.#listener = listener;
     return address;
   }
@@ -4809,17 +4961,32 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     return undefined;
   }
 
-  /** Only an overridden `getRequest()` throws. */
+  /** The request of `conn`, unless its host has too many already. Only an overridden `getRequest()` throws. */
   async #tryToGetRequest(conn: Deno.Conn): Promise<SocketStream | undefined> {
+    const host = this.#options.maxConnectionsPerHost === Infinity ? undefined : hostOf(conn.remoteAddr);
+    if (host !== undefined && !this.#hosts.enter(host)) {
+      closeQuietly(conn);
+      return this.countIncident("refused");
+    }
     try {
       const request: unknown = await this.getRequest(conn);
-      if (request instanceof SocketStream) return request;
-      throw new TypeError(`getRequest() must return a SocketStream: it has returned ${kindOf(request)}`);
+      if (!(request instanceof SocketStream)) {
+        throw new TypeError(`getRequest() must return a SocketStream: it has returned ${kindOf(request)}`);
+      }
+      if (host !== undefined) this.#hostOf.set(request, host);
+      return request;
     } catch (error) {
+      if (host !== undefined) this.#hosts.leave(host);
       closeQuietly(conn);
       await this.reportError(error, conn.remoteAddr);
       return undefined;
     }
+  }
+
+  /** Lets its host have another connection. */
+  protected override noteEnded(request: SocketStream): void {
+    const host = this.#hostOf.get(request);
+    if (host !== undefined) this.#hosts.leave(host);
   }
 
   /** Stops listening. */
@@ -4870,7 +5037,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   }
 
   async #acceptNext(): Promise<Deno.Conn> {
-    await this.belowLimit(this.#options.maxConnections);
+    await this.belowLimit(this.#maxConnections);
     if (this.#listener === undefined) throw new Deno.errors.BadResource("Listener has been closed");
     this.#accepting = this.receiving(this.#listener.accept());
     return await this.#accepting;

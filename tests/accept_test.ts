@@ -197,6 +197,46 @@ programTest("200 clients and throwing handlers at 64 descriptors do not end the 
   await Deno.remove(file);
 });
 
+/** Prints how many connections it would serve. */
+const ASKED_SERVER = `
+import { StreamRequestHandler, TcpServer } from ${JSON.stringify(import.meta.resolve("../mod.ts"))};
+class Idle extends StreamRequestHandler {
+  override handle() {}
+}
+await using server = new TcpServer({ port: 0 }, Idle, JSON.parse(Deno.args[0] ?? "{}"));
+server.listen();
+console.log(server.maxConnections);
+`;
+
+/** What a server finds in a process that may open `descriptors` files. */
+async function askMaxConnections(descriptors: number, flags: string[], options = "{}"): Promise<string> {
+  const file = await Deno.makeTempFile({ suffix: ".ts" });
+  await Deno.writeTextFile(file, ASKED_SERVER);
+  const run = `ulimit -n ${descriptors}; exec "$0" run --no-config "$@"`;
+  const { stdout, stderr } = await new Deno.Command("bash", {
+    args: ["-c", run, Deno.execPath(), ...flags, file, options],
+    env: { DENO_NO_UPDATE_CHECK: "1", NO_COLOR: "1" },
+  }).output();
+  await Deno.remove(file);
+  const decoder = new TextDecoder();
+  return `${decoder.decode(stdout)}${decoder.decode(stderr)}`;
+}
+
+programTest(
+  "maxConnections leaves descriptors to the runtime and to the program, where they can be known",
+  async () => {
+    const isKnown = Deno.build.os === "linux";
+    assertEquals(await askMaxConnections(64, ["--allow-all"]), isKnown ? "28\n" : "Infinity\n");
+    assertEquals(await askMaxConnections(1024, ["--allow-all"]), isKnown ? "868\n" : "Infinity\n");
+  },
+);
+
+programTest("maxConnections is Infinity where the descriptors cannot be known, and what the option says", async () => {
+  assertEquals(await askMaxConnections(64, ["--allow-net"]), "Infinity\n");
+  assertEquals(await askMaxConnections(64, ["--allow-net", "--allow-read"]), "Infinity\n");
+  assertEquals(await askMaxConnections(64, ["--allow-all"], '{ "maxConnections": 1000 }'), "1000\n");
+});
+
 /** Connects and resets, before anybody can accept. */
 const RESETS = `
 import socket, struct, sys

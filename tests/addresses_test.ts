@@ -1,4 +1,4 @@
-import { connect, formatAddress, socketPair, StreamRequestHandler, TcpServer } from "../mod.ts";
+import { connect, formatAddress, hostOf, socketPair, StreamRequestHandler, TcpServer } from "../mod.ts";
 import { assert, assertEquals, assertMatch } from "../deps.ts";
 import { networkTest, rejectionOf, unixTest } from "./testing.ts";
 
@@ -41,6 +41,35 @@ Deno.test("formatAddress() writes the addresses of a pair, which has no path", (
   assertEquals(formatAddress(theirs.localAddress), "(unnamed Unix socket)");
   ours.close();
   theirs.close();
+});
+
+const hosts: [string, string][] = [
+  ["192.0.2.1", "192.0.2.1"],
+  ["::ffff:192.0.2.1", "192.0.2.1"],
+  ["::FFFF:c000:201", "192.0.2.1"],
+  ["0:0:0:0:0:ffff:192.0.2.1", "192.0.2.1"],
+  ["::1", "::/64"],
+  ["::", "::/64"],
+  ["2001:db8::1", "2001:db8::/64"],
+  ["2001:db8::ffff:192.0.2.1", "2001:db8::/64"],
+  ["2001:0DB8:0:0:1:2:3:4", "2001:db8::/64"],
+  ["2001:db8:1:2::", "2001:db8:1:2::/64"],
+  ["2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"],
+  ["2001:db8:1:3:3:4:5:6", "2001:db8:1:3::/64"],
+  ["2001:0:0:1::1", "2001:0:0:1::/64"],
+  ["1::3:4:5:6", "1::/64"],
+  ["1::2:3:4:5:6", "1:0:0:2::/64"],
+  ["fe80::1%eth0", "fe80::/64"],
+];
+
+for (const [hostname, host] of hosts) {
+  Deno.test(`hostOf() takes ${hostname} for ${host}`, () => {
+    assertEquals(hostOf({ transport: "tcp", hostname, port: 50_000 }), host);
+  });
+}
+
+Deno.test("hostOf() knows no host of a Unix socket", () => {
+  assertEquals(hostOf({ transport: "unix", path: "/run/app.sock" }), undefined);
 });
 
 const flags: [string, Parameters<typeof connect>[0], string][] = [

@@ -1,4 +1,4 @@
-import { IncompleteReadError, SocketStream } from "../mod.ts";
+import { IncompleteReadError, SocketStream, type StreamOptions } from "../mod.ts";
 import { assert, assertEquals, assertMatch, assertRejects, assertStrictEquals, assertThrows } from "../deps.ts";
 import { FakeConn, isPending, keptAlive, tcpConns, textOf, turnEnd, unixConns } from "./fake_conn.ts";
 import { networkTest, rejectionOf, unixTest } from "./testing.ts";
@@ -342,6 +342,60 @@ Deno.test("with a timeout and an idleTimeout, the one that passes first holds", 
   read.close();
   const idle = new SocketStream(new FakeConn(), { timeout: LONG_MS, idleTimeout: SHORT_MS });
   assertMatch((await rejectionOf(idle.recv())).message, /idleTimeout/);
+});
+
+/** The options whose deadlines are always looked at, but seldom. */
+const seldom: StreamOptions[] = [{ idleTimeout: LONG_MS }, { maxLifetime: LONG_MS }];
+
+for (const options of seldom) {
+  Deno.test(`with ${Deno.inspect(options)} a shorter timeout is met in its time`, async () => {
+    const begun = performance.now();
+    const stream = new SocketStream(new FakeConn(), { timeout: SHORT_MS, ...options });
+    await assertRejects(() => stream.recv(), Deno.errors.TimedOut);
+    await deadlinesWereLookedAt(); // With no read that waits.
+    await assertRejects(() => stream.recv(), Deno.errors.TimedOut);
+    assert(performance.now() - begun < LONG_MS / 100);
+    stream.close();
+  });
+}
+
+for (const call of ["recv()", "send()"]) {
+  Deno.test(`maxLifetime ends a ${call} that waits, closes the stream, and says why`, async () => {
+    const conn = new FakeConn().holdWrites();
+    const stream = new SocketStream(conn, { maxLifetime: SHORT_MS });
+    const error = await keptAlive(rejectionOf(call === "recv()" ? stream.recv() : stream.send("abc")));
+    assert(error instanceof Deno.errors.TimedOut);
+    assertMatch(error.message, /\bmaxLifetime\b.*\b5 ms/);
+    assert(conn.isClosed);
+    assertStrictEquals(await rejectionOf(stream.write("a")), error);
+  });
+}
+
+Deno.test("maxLifetime ends a stream on which bytes go in and out all the time, and not before", async () => {
+  await withClock(async (clock) => {
+    const conn = new FakeConn();
+    const stream = new SocketStream(conn, { maxLifetime: 100, idleTimeout: 50, timeout: 50 });
+    for (let passed = 0; passed < 80; passed += 20) {
+      await clock.advance(20);
+      conn.give(".");
+      await stream.send(textOf(await stream.recv()));
+      await deadlinesWereLookedAt(clock);
+      assert(!conn.isClosed);
+    }
+    const read = rejectionOf(stream.recv());
+    await clock.advance(21);
+    assertMatch((await keptAlive(read)).message, /maxLifetime/);
+  });
+});
+
+Deno.test("maxLifetime is Infinity by default, and may be longer than any timer", async () => {
+  for (const options of [{}, { maxLifetime: 2 ** 40 }]) {
+    const stream = new SocketStream(new FakeConn(), options);
+    const read = stream.recv();
+    await deadlinesWereLookedAt();
+    assert(await isPending(read));
+    stream.close();
+  }
 });
 
 networkTest("over TCP, a read that times out loses no byte", async () => {

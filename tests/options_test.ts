@@ -33,6 +33,9 @@ const outOfRange: [StreamOptions, string][] = [
   [{ idleTimeout: 0 }, "idleTimeout"],
   [{ idleTimeout: -1 }, "idleTimeout"],
   [{ idleTimeout: NaN }, "idleTimeout"],
+  [{ maxLifetime: 0 }, "maxLifetime"],
+  [{ maxLifetime: -1 }, "maxLifetime"],
+  [{ maxLifetime: NaN }, "maxLifetime"],
   [{ limit: 0 }, "limit"],
   [{ limit: -1 }, "limit"],
   [{ limit: 1.5 }, "limit"],
@@ -100,6 +103,9 @@ const serverOutOfRange: [ServerOptions, string][] = [
   [{ maxConnections: -1 }, "maxConnections"],
   [{ maxConnections: 1.5 }, "maxConnections"],
   [{ maxConnections: NaN }, "maxConnections"],
+  [{ maxConnectionsPerHost: 0 }, "maxConnectionsPerHost"],
+  [{ maxConnectionsPerHost: 1.5 }, "maxConnectionsPerHost"],
+  [{ maxConnectionsPerHost: NaN }, "maxConnectionsPerHost"],
   [{ grace: -1 }, "grace"],
   [{ grace: NaN }, "grace"],
 ];
@@ -113,9 +119,10 @@ for (const [options, name] of serverOutOfRange) {
 }
 
 Deno.test("new TcpServer() takes the bounds of its options", () => {
-  for (const options of [{ maxConnections: 1 }, { maxConnections: Infinity }, { grace: 0 }, { grace: Infinity }]) {
-    makeServer(options);
-  }
+  const bounds = [1, Infinity];
+  for (const maxConnections of bounds) assertEquals(makeServer({ maxConnections }).maxConnections, maxConnections);
+  for (const maxConnectionsPerHost of bounds) makeServer({ maxConnectionsPerHost });
+  for (const grace of [0, Infinity]) makeServer({ grace });
 });
 
 for (const retries of [-1, 1.5, NaN]) {

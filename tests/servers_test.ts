@@ -1,6 +1,6 @@
 import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../deps.ts";
 import { BaseServer, connect, socketPair, SocketStream, StreamRequestHandler, TcpServer } from "../mod.ts";
-import { Echo, FakeListener, networkTest, rejectionOf, until } from "./testing.ts";
+import { Echo, FakeListener, networkTest, programTest, rejectionOf, until } from "./testing.ts";
 
 /** Says which connection it is, and stays until its client leaves. */
 class Greeter extends StreamRequestHandler {
@@ -218,6 +218,75 @@ networkTest("idleTimeout closes a silent client, and counts it", async () => {
     assertEquals(await client.recv(), null);
     await until(() => server.stats.active === 0);
     assertEquals([server.stats.timedOut, server.stats.errors], [1, 0]);
+  });
+});
+
+networkTest("maxLifetime ends a client that is never silent, and counts it", async () => {
+  await withServer(new TcpServer({ port: 0 }, Echo, { maxLifetime: 20 }), async (server, dial) => {
+    const client = await dial();
+    await assertRejects(async () => {
+      for (;;) {
+        await client.send(".");
+        if (await client.recv() === null) throw new Deno.errors.ConnectionReset("it has ended");
+      }
+    });
+    await until(() => server.stats.active === 0);
+    assertEquals([server.stats.timedOut, server.stats.errors], [1, 0]);
+  });
+});
+
+networkTest("over maxConnectionsPerHost a client is closed at once, and no hook knows of it", async () => {
+  let verified = 0;
+  class Verifying extends TcpServer {
+    override verifyRequest() {
+      verified++;
+      return true;
+    }
+  }
+  await withServer(new Verifying({ port: 0 }, Greeter, { maxConnectionsPerHost: 2 }), async (server, dial) => {
+    const [first, second] = [await dial(), await dial()];
+    for (const client of [first, second]) assertEquals(await client.readLine(), "hello");
+    for (let refused = 1; refused <= 3; refused++) {
+      assertEquals(await (await dial()).recv(), null);
+      assertEquals(server.stats.refused, refused);
+    }
+    assertEquals([server.stats.accepted, server.stats.active, verified], [2, 2, 2]);
+    first.close();
+    await until(() => server.stats.active === 1);
+    assertEquals(await (await dial()).readLine(), "hello");
+    assertEquals(server.stats.refused, 3);
+  });
+});
+
+networkTest("a connection that getRequest() has failed for does not count for its host", async () => {
+  class Faulty extends TcpServer {
+    #connections = 0;
+    override getRequest(conn: Deno.Conn) {
+      if (++this.#connections <= 2) throw new TypeError("a bug in the hook");
+      return super.getRequest(conn);
+    }
+    override handleError() {}
+  }
+  await withServer(new Faulty({ port: 0 }, Greeter, { maxConnectionsPerHost: 1 }), async (server, dial) => {
+    for (let failed = 0; failed < 2; failed++) assertEquals(await (await dial()).recv(), null);
+    assertEquals(await (await dial()).readLine(), "hello");
+    assertEquals(server.stats.refused, 0);
+  });
+});
+
+/** Connects from 127.0.0.2, and prints what it is told. */
+const OTHER_HOST = `
+import socket, sys
+client = socket.create_connection(("127.0.0.1", int(sys.argv[1])), source_address=("127.0.0.2", 0))
+print(client.recv(100).decode(), end="")
+`;
+
+programTest("a host that has as many connections as it may costs no other host anything", async () => {
+  await withServer(new TcpServer({ port: 0 }, Greeter, { maxConnectionsPerHost: 1 }), async (server, dial) => {
+    assertEquals(await (await dial()).readLine(), "hello");
+    assertEquals(await (await dial()).recv(), null);
+    const other = new Deno.Command("python3", { args: ["-c", OTHER_HOST, String(server.address.port)] });
+    assertEquals(new TextDecoder().decode((await other.output()).stdout), "hello\n");
   });
 });
 

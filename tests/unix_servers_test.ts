@@ -106,6 +106,16 @@ unixTest("UnixServer gives its file the mode", async (folder) => {
   assertEquals((Deno.lstatSync(path).mode ?? 0) & 0o777, 0o600);
 });
 
+unixTest("UnixServer has no hosts for maxConnectionsPerHost to count", async (folder) => {
+  const path = `${folder}/echo.sock`;
+  await using server = new UnixServer({ path }, Echo, { maxConnectionsPerHost: 1 });
+  await server.listen();
+  server.serveForever();
+  await using _client = await connect({ path });
+  await assertServes(path);
+  assertEquals(server.stats.refused, 0);
+});
+
 if (Deno.build.os === "linux") {
   unixTest("UnixServer listens on a name without a file", async () => {
     const path = `\0socketserver-${crypto.randomUUID()}`;
