@@ -49,6 +49,7 @@
  *
  * | call | of | the stream |
  * | --- | --- | --- |
+ * | `handleOpen()` | server | is open; nothing was read |
  * | `verifyRequest()` | server | is open; nothing was read |
  * | `processRequest()` | server | is open |
  * | `finishRequest()` | server | is open; makes the handler |
@@ -56,8 +57,9 @@
  * | `finish()` | handler | is what `handle()` left; runs whenever `setup()` succeeded |
  * | `handleError()` | server | is what the handler left; runs only if something was thrown |
  *
- * Then the server sends what is still buffered and closes the stream. A TLS
- * handshake comes before all of them; a client that fails in it meets none.
+ * Then the server sends what is still buffered, closes the stream and calls
+ * `handleClose()`. A TLS handshake comes after `handleOpen()`; a client that fails
+ * in it meets none of the others.
  *
  * Units are milliseconds and bytes. Everything is bounded: a line and a frame
  * by `limit`, buffered writes by `highWaterMark`. A promise of a stream's
@@ -194,10 +196,17 @@ function messageOf(error: unknown): string {
   }
 }
 
-/** Prints an error with its stack; never throws. */
+/** Exhaustions that follow each other within this time are one: a descriptor that comes free is taken at once. */
+const OVERLOAD_EPISODE_MS = 5_000;
+
+/** When the process was last known to be out of descriptors or memory. */
+let exhaustedAt = -Infinity;
+
+/** Prints an error with its stack, for which the runtime opens files: without any to open it panics. Never throws. */
 function printError(what: string, error: unknown): void {
   try {
-    console.error(what, error);
+    const isExhausted = performance.now() - exhaustedAt <= OVERLOAD_EPISODE_MS;
+    console.error(what, isExhausted ? messageOf(error) : error);
   } catch {
     console.error(what, messageOf(error)); // Its own code has thrown.
   }
@@ -1479,6 +1488,10 @@ interface StreamControl {
   cut(stream: SocketStream, error: Error): void;
   /** Does a handshake that was prepared once for many streams. */
   startTls(stream: SocketStream, handshake: Handshake): Promise<void>;
+  /** What it waits for, as {@linkcode OpenConnection.waitsFor} says it. */
+  waitsFor(stream: SocketStream): string;
+  /** Why it is closed, if it is. */
+  failureOf(stream: SocketStream): unknown;
 }
 let control: StreamControl;
 
@@ -1524,6 +1537,8 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
       completedReads: () => completedReads,
       cut: (stream, error) => stream.#cut(error),
       startTls: (stream, handshake) => stream.#startTls(handshake),
+      waitsFor: (stream) => stream.#reader?.call ?? (stream.#output.idle ? "handler" : "send()"),
+      failureOf: (stream) => stream.#readFailure,
     };
   }
 
@@ -3821,9 +3836,6 @@ export function acceptFailure(error: unknown): AcceptFailure {
 /** The first wait when descriptors run out. */
 const OVERLOAD_WAIT_MIN_MS = 5;
 
-/** Exhaustions that follow each other within this time are one: a descriptor that comes free is taken at once. */
-const OVERLOAD_EPISODE_MS = 5_000;
-
 /** Long enough for descriptors to come free, short enough for a client to bear. */
 const OVERLOAD_WAIT_MAX_MS = 1_000;
 
@@ -3889,6 +3901,44 @@ export interface ServerStats {
   readonly bytesWritten: number;
 }
 
+/**
+ * Why a connection is over: `"finished"` its handler is done, `"aborted"` the client
+ * has vanished, `"timedOut"` a deadline has passed, `"error"` a handler or a hook has
+ * thrown, `"rejected"` `verifyRequest()` has turned it away, `"handshakeFailed"` it
+ * met no hook, `"cut"` the server was closed or its `grace` was over.
+ */
+export type CloseReason = "finished" | "aborted" | "timedOut" | "error" | "rejected" | "handshakeFailed" | "cut";
+
+/** How a connection went; what {@linkcode StreamServer.handleClose} is told. */
+export interface ConnectionReport {
+  /** Why it is over. */
+  readonly reason: CloseReason;
+  /** Milliseconds from its opening to its end. */
+  readonly duration: number;
+  /** Bytes that were received. */
+  readonly bytesRead: number;
+  /** Bytes that were sent. */
+  readonly bytesWritten: number;
+}
+
+/** A connection that is being served; one of {@linkcode StreamServer.openConnections}. */
+export interface OpenConnection {
+  /** Whose it is. */
+  readonly clientAddress: Deno.Addr;
+  /** Milliseconds since it was accepted. */
+  readonly age: number;
+  /** Bytes that were received. */
+  readonly bytesRead: number;
+  /** Bytes that were sent. */
+  readonly bytesWritten: number;
+  /**
+   * What it waits for: a call that reads, such as `"readLine()"` or `"for await"`;
+   * `"send()"` while the client has not taken all that was written; `"startTls()"` in
+   * a handshake; else `"handler"`, for something that is not the client's.
+   */
+  readonly waitsFor: string;
+}
+
 /** How a shutdown went. */
 export interface ShutdownReport {
   /** Requests that were under way and came to their own end. */
@@ -3908,8 +3958,10 @@ interface Exchange<Request> {
   readonly clientAddress: Deno.Addr;
   /** Where it is among those that are active. */
   index: number;
-  /** When it came, in the time of `performance.now()`, if a shutdown had begun; else 0. */
+  /** When it came, in the time of `performance.now()`; a datagram's is 0 but in a shutdown. */
   readonly since: number;
+  /** Why it is over, if it is over now. */
+  reason: CloseReason;
   /** Its handler called shutdown(), which therefore does not wait for it. */
   awaitsShutdown: boolean;
   isCut: boolean;
@@ -4059,7 +4111,8 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
 
   /**
    * Whether a call of `shutdown()` is known to come from a handler after that has
-   * waited for something, too. It costs a fifth of a datagram's time.
+   * waited for something, too, and it is known when a request came. It costs a
+   * fifth of a datagram's time.
    */
   protected abstract get keepsContext(): boolean;
   /** Hands `serve` each request as it comes, for a while or until the server stops listening; rejects with what cannot be waited out. */
@@ -4084,8 +4137,14 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     return undefined;
   }
 
-  /** Is told that `request` is over and closed. */
-  protected noteEnded(_request: Request): void {}
+  /** Is told that `request` was taken in; nothing was done with it yet. */
+  protected noteBegun(_request: Request, _clientAddress: Deno.Addr): void {}
+  /** Is told that `request`, which came at `since`, is closed. */
+  protected noteEnded(_request: Request, _clientAddress: Deno.Addr, _reason: CloseReason, _since: number): void {}
+  /** Whether a deadline has ended `request`, which its handler may have kept to itself. */
+  protected hasTimedOut(_request: Request): boolean {
+    return false;
+  }
 
   /** The bound address. Throws `TypeError` before `listen()`. */
   get address(): Address {
@@ -4306,7 +4365,8 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
    * Is told what a handler or a hook threw; the connection is closed after it, and
    * nothing else is hurt. The default prints it with `console.error`, unless the
    * client has vanished or ran into a deadline, which {@linkcode BaseServer.stats}
-   * counts.
+   * counts. It prints the `stack` too, but not within 5 s of an exhaustion (see
+   * `handleOverload`): the runtime opens a file for it, and panics if it cannot.
    *
    * @param error What was thrown.
    * @param clientAddress Whose request it was.
@@ -4326,14 +4386,23 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
 
   /**
    * Is told, once for each time that it happens, that the system has run out of
-   * descriptors or memory. Clients wait in the backlog meanwhile. The default
-   * prints one line with `console.error`.
+   * descriptors or memory; it is over when nothing was short for 5 s. Clients wait
+   * in the backlog meanwhile. The default prints one line with `console.error`.
    *
    * @param error What accepting rejected with; do not read its `stack`, which
    * opens a file.
    */
   handleOverload(error: unknown): void | Promise<void> {
     console.error(`Cannot accept connections for now: ${messageOf(error)}`);
+  }
+
+  /** The requests that are being served, and when they came. Those that were cut off are over for their clients. */
+  protected get openRequests(): {
+    readonly request: Request;
+    readonly clientAddress: Deno.Addr;
+    readonly since: number;
+  }[] {
+    return this.#active.filter(({ isCut }) => !isCut);
   }
 
   /** Whether `shutdown()` or `close()` was called. */
@@ -4420,10 +4489,10 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   protected noteOverload(error: unknown): void {
     const now = performance.now();
     const isNew = now - this.#overloadedAt > OVERLOAD_EPISODE_MS;
-    this.#overloadedAt = now;
+    this.#overloadedAt = exhaustedAt = now;
     if (!isNew) return;
     this.countIncident("overloads");
-    this.#runHook("handleOverload", () => this.handleOverload(error));
+    this.runHook("handleOverload", () => this.handleOverload(error));
   }
 
   /** Throws if the server was closed. */
@@ -4434,7 +4503,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   /** Reports an error that no handler is to blame for; never rejects. */
   protected async reportError(error: unknown, clientAddress: Deno.Addr): Promise<void> {
     this.#counts.errors++;
-    await this.#runHook("handleError", () => this.handleError(error, clientAddress));
+    await this.runHook("handleError", () => this.handleError(error, clientAddress));
   }
 
   async #reportExchange(error: unknown, exchange: Exchange<Request>): Promise<void> {
@@ -4442,14 +4511,15 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     for (const error of errors) {
       const outcome = outcomeOf(error, exchange);
       if (outcome !== undefined) this.#counts[outcome]++;
+      exchange.reason = outcome === "errors" ? "error" : outcome ?? "cut";
       // handleError() is told no more than the error and the address, so this tells its default what it is about.
       this.#reported = { error, isOfClient: isOfClient(error, exchange), isPrinted: outcome === "errors" };
-      await this.#runHook("handleError", () => this.handleError(error, exchange.clientAddress));
+      await this.runHook("handleError", () => this.handleError(error, exchange.clientAddress));
     }
   }
 
-  /** Runs a hook whose own error has nobody else to go to. */
-  async #runHook(name: string, hook: () => void | Promise<void>): Promise<void> {
+  /** Runs a hook whose own error has nobody else to go to; never rejects. */
+  protected async runHook(name: string, hook: () => void | Promise<void>): Promise<void> {
     try {
       await hook();
     } catch (error) {
@@ -4505,7 +4575,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     const timer = setInterval(async () => {
       if (isRunning) return; // The last call takes longer than the interval.
       isRunning = true;
-      await this.#runHook("serviceActions", () => this.serviceActions());
+      await this.runHook("serviceActions", () => this.serviceActions());
       isRunning = false;
     }, SERVICE_INTERVAL_MS);
     return () => clearInterval(timer);
@@ -4547,6 +4617,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
 
   #serve(request: Request): Promise<void> {
     const exchange = this.#track(request);
+    this.noteBegun(request, exchange.clientAddress);
     if (this.#isClosed) this.#cut(exchange); // close() won the race.
     if (this.#context !== undefined) return this.#context.run(exchange, () => this.#serveExchange(exchange));
     this.#caller = exchange; // It never throws.
@@ -4558,39 +4629,46 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   /** Callbacks and no `async`: each asynchronous layer costs a datagram 3 % of its time. Never rejects. */
   #serveExchange(exchange: Exchange<Request>): Promise<void> {
     return this.#processExchange(exchange).then(
-      () => this.#endExchange(exchange),
+      () => this.#finishExchange(exchange),
       (error) => this.#failExchange(error, exchange),
     );
   }
 
-  #processExchange({ request, clientAddress }: Exchange<Request>): Promise<void> {
+  #processExchange(exchange: Exchange<Request>): Promise<void> {
     try {
-      const preparing = this.prepareRequest(request);
-      if (preparing !== undefined) return this.#processWhenReady(preparing, request, clientAddress);
-      return this.#processPrepared(request, clientAddress);
+      const preparing = this.prepareRequest(exchange.request);
+      if (preparing !== undefined) return this.#processWhenReady(preparing, exchange);
+      return this.#processPrepared(exchange);
     } catch (error) {
       return Promise.reject(error);
     }
   }
 
-  async #processWhenReady(preparing: Promise<boolean>, request: Request, clientAddress: Deno.Addr): Promise<void> {
-    if (await preparing) await this.#processPrepared(request, clientAddress);
+  async #processWhenReady(preparing: Promise<boolean>, exchange: Exchange<Request>): Promise<void> {
+    if (await preparing) await this.#processPrepared(exchange);
+    else exchange.reason = "handshakeFailed";
   }
 
-  #processPrepared(request: Request, clientAddress: Deno.Addr): Promise<void> {
+  #processPrepared(exchange: Exchange<Request>): Promise<void> {
+    const { request, clientAddress } = exchange;
     const verified = this.verifyRequest(request, clientAddress);
     // Plain JavaScript may return something else than a promise.
     if (verified === true) return Promise.resolve(this.processRequest(request, clientAddress));
-    return this.#processIfVerified(verified, request, clientAddress);
+    return this.#processIfVerified(verified, exchange);
   }
 
-  async #processIfVerified(
-    verified: false | Promise<boolean>,
-    request: Request,
-    clientAddress: Deno.Addr,
-  ): Promise<void> {
-    if (await verified) await this.processRequest(request, clientAddress);
-    else this.#counts.rejected++;
+  async #processIfVerified(verified: false | Promise<boolean>, exchange: Exchange<Request>): Promise<void> {
+    if (await verified) return await this.processRequest(exchange.request, exchange.clientAddress);
+    this.#counts.rejected++;
+    exchange.reason = "rejected";
+  }
+
+  #finishExchange(exchange: Exchange<Request>): void | Promise<void> {
+    if (exchange.reason === "finished" && this.hasTimedOut(exchange.request)) {
+      this.#counts.timedOut++;
+      exchange.reason = "timedOut";
+    }
+    return this.#endExchange(exchange);
   }
 
   #endExchange(exchange: Exchange<Request>): void | Promise<void> {
@@ -4609,6 +4687,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
       await this.#reportExchange(error, exchange);
     } catch {
       this.#counts.errors++; // What was thrown cannot even be looked at.
+      exchange.reason = "error";
     }
     await this.#endExchange(exchange);
   }
@@ -4618,7 +4697,8 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
       request,
       clientAddress: this.clientAddressOf(request),
       index: this.#active.length,
-      since: this.#isClosing ? performance.now() : 0,
+      since: this.keepsContext || this.#isClosing ? performance.now() : 0,
+      reason: "finished" as const,
       awaitsShutdown: false,
       isCut: false,
     };
@@ -4627,7 +4707,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     return exchange;
   }
 
-  #untrack({ request, index, isCut, awaitsShutdown }: Exchange<Request>): void {
+  #untrack({ request, clientAddress, index, since, reason, isCut, awaitsShutdown }: Exchange<Request>): void {
     const last = this.#active.pop();
     if (last !== undefined && last.index !== index) {
       this.#active[index] = last;
@@ -4636,7 +4716,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     if (awaitsShutdown) this.#awaitingShutdown--;
     if (this.#isClosing && !isCut) this.#counts.finished++;
     this.#addTraffic(this.#counts, request);
-    this.noteEnded(request);
+    if (!isCut) this.noteEnded(request, clientAddress, reason, since);
     this.#wake();
   }
 
@@ -4729,8 +4809,11 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   #cut(exchange: Exchange<Request>): void {
     if (exchange.isCut) return;
     exchange.isCut = true;
-    this.#cutOff.push(exchange.clientAddress);
-    this.cutRequest(exchange.request, new Deno.errors.BadResource("The server has closed the connection"));
+    const { request, clientAddress, since } = exchange;
+    this.#cutOff.push(clientAddress);
+    this.cutRequest(request, new Deno.errors.BadResource("The server has closed the connection"));
+    // Its handler may never end.
+    this.noteEnded(request, clientAddress, "cut", since);
   }
 
   async #reportOf(begun: number, stopped?: Promise<void>): Promise<ShutdownReport> {
@@ -4839,7 +4922,8 @@ class HostCounts {
  * each and hands it to a handler of its own. What it adds to
  * {@linkcode BaseServer}:
  *
- * Call: `connections`. Override: `getRequest`. Read: `maxConnections`.
+ * Call: `connections`. Override: `getRequest`, `handleOpen`, `handleClose`. Read:
+ * `maxConnections`, `openConnections`.
  *
  * @typeParam Address The kind of address that the server has.
  */
@@ -4874,6 +4958,34 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   /** The most connections that are served at the same time: the option, or what `listen()` has found in its place. */
   get maxConnections(): number {
     return this.#maxConnections;
+  }
+
+  /**
+   * The connections that are being served, the oldest one first.
+   *
+   * @example Who waits for what
+   * ```ts
+   * import { formatAddress, StreamRequestHandler, TcpServer } from "@socketserver/socketserver";
+   *
+   * class Reporting extends TcpServer {
+   *   override serviceActions() {
+   *     for (const { clientAddress, age, waitsFor } of this.openConnections) {
+   *       if (age > 60_000) console.log(`${formatAddress(clientAddress)} waits for ${waitsFor}`);
+   *     }
+   *   }
+   * }
+   * ```
+   */
+  get openConnections(): OpenConnection[] {
+    const now = performance.now();
+    const connections = this.openRequests.map(({ request, clientAddress, since }) => ({
+      clientAddress,
+      age: now - since,
+      bytesRead: request.bytesRead,
+      bytesWritten: request.bytesWritten,
+      waitsFor: control.waitsFor(request),
+    }));
+    return connections.sort((one, other) => other.age - one.age);
   }
 
   /**
@@ -4927,6 +5039,38 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     if (this.#options.noDelay) disableNagle(conn);
     return new SocketStream(conn, this.#streamOptions);
   }
+
+  /**
+   * Is told of each connection that is taken in, before its TLS handshake and before
+   * `verifyRequest()`; {@linkcode StreamServer.handleClose} is told of its end,
+   * whatever that is. Nothing waits for what it returns, and what it throws is
+   * printed and counted in `stats.errors`. The default does nothing.
+   *
+   * @param _request The stream; read nothing from it.
+   * @param _clientAddress Whose it is.
+   */
+  handleOpen(_request: SocketStream, _clientAddress: Deno.Addr): void | Promise<void> {}
+
+  /**
+   * Is told of each connection that is closed. The handler is done by then, but for
+   * one that was cut off. Nothing waits for what it returns, and what it throws is
+   * printed and counted in `stats.errors`. The default does nothing.
+   *
+   * @param _report How it went: why it is over, how long it took, how many bytes.
+   * @param _clientAddress Whose it was.
+   *
+   * @example An access log
+   * ```ts
+   * import { type ConnectionReport, formatAddress, TcpServer } from "@socketserver/socketserver";
+   *
+   * class Logging extends TcpServer {
+   *   override handleClose({ reason, duration, bytesRead, bytesWritten }: ConnectionReport, clientAddress: Deno.Addr) {
+   *     console.log(formatAddress(clientAddress), reason, `${Math.round(duration)} ms`, bytesRead, bytesWritten);
+   *   }
+   * }
+   * ```
+   */
+  handleClose(_report: ConnectionReport, _clientAddress: Deno.Addr): void | Promise<void> {}
 
   /** Makes the handler and runs its `setup()`, `handle()` and `finish()`. */
   override finishRequest(request: SocketStream, clientAddress: Deno.Addr): Promise<void> {
@@ -4983,10 +5127,28 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     }
   }
 
-  /** Lets its host have another connection. */
-  protected override noteEnded(request: SocketStream): void {
+  /** Tells the hook. */
+  protected override noteBegun(request: SocketStream, clientAddress: Deno.Addr): void {
+    this.runHook("handleOpen", () => this.handleOpen(request, clientAddress));
+  }
+
+  /** Lets the client's host have another connection, and tells the hook. */
+  protected override noteEnded(
+    request: SocketStream,
+    clientAddress: Deno.Addr,
+    reason: CloseReason,
+    since: number,
+  ): void {
     const host = this.#hostOf.get(request);
     if (host !== undefined) this.#hosts.leave(host);
+    const { bytesRead, bytesWritten } = request;
+    const report = { reason, duration: performance.now() - since, bytesRead, bytesWritten };
+    this.runHook("handleClose", () => this.handleClose(report, clientAddress));
+  }
+
+  /** A stream that was closed by a deadline says so. */
+  protected override hasTimedOut(request: SocketStream): boolean {
+    return control.failureOf(request) instanceof Deno.errors.TimedOut;
   }
 
   /** Stops listening. */
@@ -5146,7 +5308,8 @@ export interface TlsServerOptions extends ServerOptions {
   /**
    * Milliseconds that a client's TLS handshake may take; above 0, `Infinity` for
    * ever. A client that takes longer is cut off and counted in
-   * {@linkcode ServerStats.handshakeFailures}; no hook is called for it.
+   * {@linkcode ServerStats.handshakeFailures}; of the hooks only `handleOpen()` and
+   * `handleClose()` are told of it.
    *
    * @default {5_000}
    */

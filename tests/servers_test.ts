@@ -1,5 +1,14 @@
 import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../deps.ts";
-import { BaseServer, connect, socketPair, SocketStream, StreamRequestHandler, TcpServer } from "../mod.ts";
+import {
+  BaseServer,
+  type CloseReason,
+  connect,
+  type ConnectionReport,
+  socketPair,
+  SocketStream,
+  StreamRequestHandler,
+  TcpServer,
+} from "../mod.ts";
 import { Echo, FakeListener, networkTest, programTest, rejectionOf, until } from "./testing.ts";
 
 /** Says which connection it is, and stays until its client leaves. */
@@ -375,6 +384,184 @@ networkTest("verifyRequest() that says no costs no handler", async () => {
   await withServer(new Guarded({ port: 0 }, Unreachable), async (server, dial) => {
     assertEquals(await (await dial()).recv(), null);
     assertEquals([server.stats.rejected, server.stats.errors], [1, 0]);
+  });
+});
+
+/** Keeps what its hooks are told. */
+class Witness extends TcpServer {
+  readonly opened: Deno.Addr[] = [];
+  readonly closed: (ConnectionReport & { clientAddress: Deno.Addr })[] = [];
+  override handleOpen(request: SocketStream, clientAddress: Deno.Addr): void | Promise<void> {
+    assertEquals(request.bytesRead, 0);
+    this.opened.push(clientAddress);
+  }
+  override handleClose(report: ConnectionReport, clientAddress: Deno.Addr): void | Promise<void> {
+    this.closed.push({ ...report, clientAddress });
+  }
+  override handleError() {}
+}
+
+class Forgiving extends StreamRequestHandler {
+  override async handle() {
+    await this.request.recv().catch(() => {});
+  }
+}
+
+class Faulty extends StreamRequestHandler {
+  override handle() {
+    throw new TypeError("a bug");
+  }
+}
+
+class Picky extends Witness {
+  override verifyRequest() {
+    return false;
+  }
+}
+
+class Exact extends StreamRequestHandler {
+  override async handle() {
+    await this.request.readExactly(10);
+  }
+}
+
+const endings: [CloseReason, string, () => Witness][] = [
+  ["finished", "a client that has left in order", () => new Witness({ port: 0 }, Echo)],
+  ["aborted", "a client that has left inside of a message", () => new Witness({ port: 0 }, Exact)],
+  ["timedOut", "a client that was silent", () => new Witness({ port: 0 }, Echo, { idleTimeout: 10 })],
+  ["timedOut", "a deadline that the handler keeps", () => new Witness({ port: 0 }, Forgiving, { maxLifetime: 10 })],
+  ["error", "a handler that throws", () => new Witness({ port: 0 }, Faulty)],
+  ["rejected", "a client that was turned away", () => new Picky({ port: 0 }, Echo)],
+];
+
+for (const [reason, what, make] of endings) {
+  networkTest(`handleOpen() and handleClose() are told of ${what}: "${reason}"`, async () => {
+    await withServer(make(), async (server, dial) => {
+      const client = await dial();
+      const { localAddress } = client;
+      if (reason === "finished" || reason === "aborted") {
+        await client.send("12345");
+        client.close();
+      }
+      await until(() => server.closed.length === 1);
+      const [closed] = server.closed;
+      assert(closed !== undefined && closed.duration >= 0 && closed.duration < 10_000);
+      assertEquals(server.opened, [localAddress]);
+      assertEquals([closed.reason, closed.clientAddress], [reason, localAddress]);
+      assertEquals(closed.bytesRead, reason === "finished" || reason === "aborted" ? 5 : 0);
+      assertEquals(server.stats.timedOut, reason === "timedOut" ? 1 : 0);
+      assertEquals(server.openConnections, []);
+    });
+  });
+}
+
+networkTest(
+  'handleClose() is told of a connection that is cut off, once, although its handler ends later: "cut"',
+  async () => {
+    const release = Promise.withResolvers<void>();
+    class Stuck extends StreamRequestHandler {
+      override async handle() {
+        await this.request.send("ready\n");
+        await release.promise;
+      }
+    }
+    await withServer(new Witness({ port: 0 }, Stuck), async (server, dial) => {
+      assertEquals(await (await dial()).readLine(), "ready");
+      const down = server.shutdown({ grace: 0 });
+      await until(() => server.closed.length === 1);
+      assertEquals(server.openConnections, []);
+      release.resolve();
+      await down;
+      await until(() => server.stats.active === 0);
+      assertEquals(server.closed.map(({ reason, bytesWritten }) => [reason, bytesWritten]), [["cut", 6]]);
+    });
+  },
+);
+
+for (
+  const [how, fail] of [
+    ["throw", () => {
+      throw new TypeError("a bug in the hook");
+    }],
+    ["reject", () => Promise.reject(new TypeError("a bug in the hook"))],
+  ] as const
+) {
+  networkTest(`handleOpen() and handleClose() that ${how} hurt nobody`, async () => {
+    class Failing extends TcpServer {
+      override handleOpen = fail;
+      override handleClose = fail;
+    }
+    const print = console.error;
+    console.error = () => {};
+    try {
+      await withServer(new Failing({ port: 0 }, Greeter), async (server, dial) => {
+        for (let served = 1; served <= 2; served++) {
+          const client = await dial();
+          assertEquals(await client.readLine(), "hello");
+          client.close();
+          await until(() => server.stats.errors === 2 * served);
+        }
+      });
+    } finally {
+      console.error = print;
+    }
+  });
+}
+
+const waits: [string, (request: SocketStream) => Promise<unknown>][] = [
+  ["recv()", (request) => request.recv()],
+  ["readLine()", (request) => request.readLine()],
+  ["for await", (request) => Array.fromAsync(request)],
+  ["frames()", (request) => Array.fromAsync(request.frames())],
+  ["send()", (request) => request.send(new Uint8Array(1 << 24))],
+  ["send()", (request) => request.write(new Uint8Array(1 << 24))],
+  ["handler", () => new Promise(() => {})],
+];
+
+for (const [waitsFor, wait] of waits) {
+  networkTest(`openConnections tells that ${wait} waits for ${waitsFor}`, async () => {
+    class Waiting extends StreamRequestHandler {
+      override async handle() {
+        await wait(this.request);
+      }
+    }
+    class Hasty extends TcpServer {
+      override handleError() {}
+    }
+    await withServer(new Hasty({ port: 0 }, Waiting, { grace: 0 }), async (server, dial) => {
+      const clients = [await dial(), await dial()];
+      await until(() => server.openConnections.length === 2);
+      await until(() => server.openConnections.every((connection) => connection.waitsFor === waitsFor));
+      const [older, newer] = server.openConnections;
+      assertEquals([older?.clientAddress, newer?.clientAddress], clients.map(({ localAddress }) => localAddress));
+      assert(older !== undefined && newer !== undefined && older.age > newer.age && newer.age >= 0);
+      if (waitsFor === "send()") {
+        await until(() => server.openConnections.every(({ bytesWritten }) => bytesWritten > 0));
+      }
+    });
+  });
+}
+
+networkTest("verifyRequest() comes before any handler is made", async () => {
+  let made = 0;
+  class Counted extends Echo {
+    constructor(...args: ConstructorParameters<typeof Echo>) {
+      super(...args);
+      made++;
+    }
+  }
+  class Even extends TcpServer {
+    #asked = 0;
+    override verifyRequest() {
+      return this.#asked++ % 2 === 0;
+    }
+  }
+  await withServer(new Even({ port: 0 }, Counted), async (server, dial) => {
+    const welcome = await dial();
+    await welcome.send("hello\n");
+    assertEquals(await welcome.readLine(), "hello");
+    assertEquals(await (await dial()).recv(), null);
+    assertEquals([made, server.stats.rejected, server.openConnections.length], [1, 1, 1]);
   });
 });
 

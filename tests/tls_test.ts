@@ -3,6 +3,7 @@
 import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../deps.ts";
 import {
   connect,
+  type ConnectionReport,
   IncompleteReadError,
   socketPair,
   type SocketStream,
@@ -471,6 +472,51 @@ for (const [what, misbehave] of BAD_PEERS) {
     }, { handshakeTimeout: SHORT_HANDSHAKE_MS });
   });
 }
+
+tlsTest(
+  "the hooks are told of a handshake that fails, and openConnections of one that is under way",
+  async (certificates) => {
+    const reports: ConnectionReport[] = [];
+    const { cert, key } = certificates.server;
+    class Witness extends TlsServer {
+      override handleClose(report: ConnectionReport) {
+        reports.push(report);
+      }
+    }
+    await using server = new Witness({ port: 0, cert, key }, Echo);
+    const { port } = server.listen();
+    server.serveForever();
+    using peer = await Peer.connect(port);
+    await until(() => server.openConnections[0]?.waitsFor === "startTls()");
+    await peer.send(pattern(500));
+    await until(() => reports.length === 1);
+    assertEquals(reports.map(({ reason }) => reason), ["handshakeFailed"]);
+    assertEquals(server.openConnections, []);
+  },
+);
+
+tlsTest("over maxConnectionsPerHost a client is closed before its handshake", async (certificates) => {
+  await serving(certificates, Echo, async (server, port) => {
+    await using client = await dial(certificates, port);
+    await client.send("hello\n");
+    assertEquals(await client.readLine(), "hello");
+    using peer = await Peer.connect(port);
+    assertEquals((await peer.receiveAll()).length, 0);
+    assertEquals([server.stats.refused, server.stats.handshakeFailures, server.stats.accepted], [1, 0, 1]);
+  }, { maxConnectionsPerHost: 1 });
+});
+
+tlsTest("maxLifetime ends an encrypted connection, and one that is in its handshake", async (certificates) => {
+  await serving(certificates, Echo, async (server, port) => {
+    using stalled = await Peer.connect(port);
+    const client = await dial(certificates, port);
+    assertEquals(await client.recv(), null);
+    assertEquals((await stalled.receiveAll()).length, 0);
+    await until(() => server.stats.active === 0);
+    assertEquals([server.stats.timedOut, server.stats.handshakeFailures], [1, 1]);
+    client.close();
+  }, { maxLifetime: 300 });
+});
 
 tlsTest(`a storm of ${STORM * 4} broken handshakes leaves the server as it was`, async (certificates) => {
   await serving(certificates, Echo, async (server, port) => {
