@@ -187,10 +187,50 @@ function errorCode(error: unknown): string {
   return error instanceof Error && "code" in error ? String(error.code) : "";
 }
 
-/** `error.message`, or whatever else was thrown, as text; never throws. */
+/**
+ * What a terminal or a reader of logs acts on instead of seeing it: controls (C0,
+ * C1), what cannot be seen or turns the direction of writing, line ends, and halves
+ * of characters.
+ */
+const UNPRINTABLE = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/gu;
+
+/** Those that have an escape of their own. */
+const SHORT_ESCAPES = new Map([["\n", "\\n"], ["\r", "\\r"], ["\t", "\\t"]]);
+
+/**
+ * `text` as one line that is safe to print: what a client has sent or named may
+ * hold line ends that forge a line of a log, and sequences that a terminal obeys.
+ * Control characters are written as `\\n`, `\\x1b` or `\\u202e`; the rest, backslashes
+ * included, stays, so that text which is printable already does not change.
+ *
+ * All messages and logs of this file are made with it.
+ *
+ * @param text The text.
+ * @returns The same without control characters.
+ *
+ * @example
+ * ```ts
+ * import { printable } from "@socketserver/socketserver";
+ * import { assertEquals } from "@std/assert";
+ *
+ * assertEquals(printable("\x1b[2Jhello\n"), String.raw`\x1b[2Jhello\n`);
+ * ```
+ */
+export function printable(text: string): string {
+  return text.replace(UNPRINTABLE, (character) => SHORT_ESCAPES.get(character) ?? escapeOf(character));
+}
+
+function escapeOf(character: string): string {
+  const code = character.codePointAt(0) ?? 0;
+  const digits = code.toString(16);
+  if (code <= 0xff) return `\\x${digits.padStart(2, "0")}`;
+  return code <= 0xffff ? `\\u${digits.padStart(4, "0")}` : `\\u{${digits}}`;
+}
+
+/** `error.message`, or whatever else was thrown, as printable text; never throws. */
 function messageOf(error: unknown): string {
   try {
-    return error instanceof Error ? error.message : String(error);
+    return printable(error instanceof Error ? error.message : String(error));
   } catch {
     return "what was thrown cannot be printed"; // Its own code has thrown.
   }
@@ -204,12 +244,23 @@ let exhaustedAt = -Infinity;
 
 /** Prints an error with its stack, for which the runtime opens files: without any to open it panics. Never throws. */
 function printError(what: string, error: unknown): void {
+  const format = what.replaceAll("%", "%%"); // A client may be bound to a path that looks like a format.
   try {
     const isExhausted = performance.now() - exhaustedAt <= OVERLOAD_EPISODE_MS;
-    console.error(what, isExhausted ? messageOf(error) : error);
+    console.error(format, isExhausted ? messageOf(error) : printableError(error));
   } catch {
-    console.error(what, messageOf(error)); // Its own code has thrown.
+    console.error(format, messageOf(error)); // Its own code has thrown.
   }
+}
+
+/** What to print of `error`: itself, or, if its message quotes what is not printable, its text. */
+function printableError(error: unknown): unknown {
+  if (typeof error === "string") return printable(error);
+  if (!(error instanceof Error)) return error;
+  const text = Deno.inspect(error);
+  // Only the stack's lines are lines; those of a cause, which is indented, cannot be taken for a log's.
+  const shown = text.replace(error.message, () => printable(error.message)).split("\n").map(printable).join("\n");
+  return shown === text ? error : shown;
 }
 
 /**
@@ -509,7 +560,8 @@ function checkHostname(hostname: string): void {
 /**
  * An address as people write it: `127.0.0.1:8009`, `[::1]:8009`,
  * `/run/app.sock`. An IPv4 client of an IPv6 socket (`::ffff:127.0.0.1`) is
- * written as the IPv4 address that it is.
+ * written as the IPv4 address that it is. Clients choose the names of their Unix
+ * sockets, so control characters are escaped as {@linkcode printable} does it.
  *
  * @param address The address.
  * @returns The text.
@@ -527,11 +579,11 @@ export function formatAddress(address: Deno.Addr): string {
   switch (address.transport) {
     case "tcp":
     case "udp":
-      return `${bracketed(address.hostname)}:${address.port}`;
+      return printable(`${bracketed(address.hostname)}:${address.port}`);
     case "unix":
     case "unixpacket":
       // A client that is bound to no path has none, whatever the type says.
-      return address.path ? address.path.replace("\0", "@") : "(unnamed Unix socket)";
+      return address.path ? printable(address.path.replace(/^\0/, "@")) : "(unnamed Unix socket)";
     default:
       return Deno.inspect(address);
   }
@@ -594,7 +646,7 @@ function permissionFlags(address: Deno.Addr): string {
   // Answers go to the clients' own ports and paths.
   if (address.transport === "udp") return `--allow-net=${bracketed(address.hostname)}`;
   if ("path" in address) {
-    const path = address.transport === "unixpacket" ? folderOf(address.path) : address.path;
+    const path = printable(address.transport === "unixpacket" ? folderOf(address.path) : address.path);
     if (address.transport === "unixpacket") return `--allow-read=${path} --allow-write=${path} --allow-net`;
     return `--allow-read=${path} --allow-write=${path} --allow-net=unix:${path}`;
   }

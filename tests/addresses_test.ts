@@ -21,6 +21,9 @@ const texts: [Deno.Addr, string][] = [
   [{ transport: "unixpacket", path: "/run/app.sock" }, "/run/app.sock"],
   [{ transport: "unix", path: "\0abstract" }, "@abstract"],
   [{ transport: "unix", path: "" }, "(unnamed Unix socket)"],
+  [{ transport: "unix", path: "\0a\0b\n\x1b[31m" }, "@a\\x00b\\n\\x1b[31m"],
+  [{ transport: "unixpacket", path: "/tmp/\u202egnp.sock" }, "/tmp/\\u202egnp.sock"],
+  [{ transport: "tcp", hostname: "a\nb", port: 1 }, "a\\nb:1"],
 ];
 
 for (const [address, text] of texts) {

@@ -1,4 +1,4 @@
-import { IncompleteReadError, LimitOverrunError, socketPair, SocketStream } from "../mod.ts";
+import { IncompleteReadError, LimitOverrunError, printable, socketPair, SocketStream } from "../mod.ts";
 import { assert, assertEquals, assertMatch, assertStrictEquals } from "../deps.ts";
 import { brokenPipe, bytesOf, connectionReset, FakeConn, turnEnd } from "./fake_conn.ts";
 import { rejectionOf } from "./testing.ts";
@@ -37,6 +37,27 @@ Deno.test("an error that names a limit says how large it is", async () => {
   ours.close();
   theirs.close();
 });
+
+const texts: [string, string, string][] = [
+  ["plain text", "GET /index.html 200", "GET /index.html 200"],
+  ["letters of other scripts, and what stands above the BMP", "你好, żółw, שלום, 👍", "你好, żółw, שלום, 👍"],
+  ["backslashes", "C:\\new\\x1b", "C:\\new\\x1b"],
+  ["line ends and tabs", "a\r\nb\tc", "a\\r\\nb\\tc"],
+  ["NUL and other controls", "\0\x07\x7f", "\\x00\\x07\\x7f"],
+  ["sequences that a terminal obeys", "\x1b[2J\x1b]0;title\x07", "\\x1b[2J\\x1b]0;title\\x07"],
+  ["C1 controls", "\x80\x85\x9b31m", "\\x80\\x85\\x9b31m"],
+  ["marks of direction", "a\u202eb\u2066c\u200f\u061c", "a\\u202eb\\u2066c\\u200f\\u061c"],
+  ["what cannot be seen", "a\u200bb\ufeffc\u00ad\u{e0041}", "a\\u200bb\\ufeffc\\xad\\u{e0041}"],
+  ["line separators of Unicode", "a\u2028b\u2029c", "a\\u2028b\\u2029c"],
+  ["halves of characters", "\ud83d and \udc4d", "\\ud83d and \\udc4d"],
+];
+
+for (const [what, text, expected] of texts) {
+  Deno.test(`printable() of ${what}`, () => {
+    assertEquals(printable(text), expected);
+    assertEquals(printable(expected), expected);
+  });
+}
 
 const forgotten: Record<string, (stream: SocketStream) => void> = {
   "recv() of a count that is out of range": (stream) => void stream.recv(0),

@@ -626,6 +626,40 @@ networkTest("handleError() prints a handler's error with its stack, and a client
   assert(printed[1]?.[1] instanceof TypeError);
 });
 
+const thrown: [string, (line: string) => unknown][] = [
+  ["an error", (line) => new TypeError(`no such command: ${line}`)],
+  ["a cause", (line) => new TypeError("outer", { cause: new TypeError(line) })],
+  ["a text", (line) => line],
+];
+
+for (const [what, make] of thrown) {
+  networkTest(`handleError() prints what a client has sent without its control characters: ${what}`, async () => {
+    class Quoting extends StreamRequestHandler {
+      override async handle() {
+        throw make(new TextDecoder().decode(await this.request.recv() ?? undefined));
+      }
+    }
+    const printed: unknown[][] = [];
+    const print = console.error;
+    console.error = (...args) => void printed.push(args);
+    try {
+      await withServer(new TcpServer({ port: 0 }, Quoting), async (_server, dial) => {
+        const client = await dial();
+        await client.send("\x1b[2J\nError while serving nobody: \u202e");
+        assertEquals(await client.recv(), null);
+      });
+    } finally {
+      console.error = print;
+    }
+    const [, text] = printed[0] ?? [];
+    assert(typeof text === "string", Deno.inspect(text));
+    const [sent, forged] = text.match(/\\x1b\[2J(\\n|\n {2})Error while serving nobody: \\u202e/) ?? [];
+    assertEquals([sent !== undefined, forged === "\n  "], [true, what === "a cause"]);
+    assertEquals(text.includes("\n    at "), what !== "a text"); // The stack has its lines.
+    assert(!/^Error while/m.test(text));
+  });
+}
+
 networkTest("serviceActions() runs while the server serves, and survives its own errors", async () => {
   const called = Promise.withResolvers<void>();
   class Serviced extends TcpServer {

@@ -1,6 +1,6 @@
 import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../deps.ts";
-import { connect, UnixServer } from "../mod.ts";
-import { Echo, rejectionOf, unixTest } from "./testing.ts";
+import { connect, StreamRequestHandler, UnixServer } from "../mod.ts";
+import { Echo, programTest, rejectionOf, unixTest } from "./testing.ts";
 
 /** Leaves a socket file that nobody answers on, as a killed server does. */
 function leaveStaleSocket(path: string): void {
@@ -105,6 +105,41 @@ unixTest("UnixServer gives its file the mode", async (folder) => {
   await server.listen();
   assertEquals((Deno.lstatSync(path).mode ?? 0) & 0o777, 0o600);
 });
+
+/** Connects to the abstract name, from the one that is given in hexadecimal, and reads to the end. */
+const NAMED_CLIENT = `
+import socket, sys
+client = socket.socket(socket.AF_UNIX)
+client.bind(bytes.fromhex(sys.argv[2]))
+client.connect(chr(0) + sys.argv[1])
+while client.recv(100): pass
+`;
+
+if (Deno.build.os === "linux") {
+  programTest("what a client calls itself is printed without control characters, and is no format", async () => {
+    class Faulty extends StreamRequestHandler {
+      override handle() {
+        throw "a bug";
+      }
+    }
+    const name = `socketserver-${crypto.randomUUID()}`;
+    const bytes = new TextEncoder().encode(`\0${name}%c\n\x1b[31m\u202e`);
+    const clientName = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+    const printed: unknown[][] = [];
+    const print = console.error;
+    console.error = (...args) => void printed.push(args);
+    try {
+      await using server = new UnixServer({ path: `\0${name}` }, Faulty);
+      await server.listen();
+      server.serveForever();
+      const python = new Deno.Command("python3", { args: ["-c", NAMED_CLIENT, name, clientName], stderr: "inherit" });
+      assert((await python.output()).success);
+    } finally {
+      console.error = print;
+    }
+    assertEquals(printed, [[String.raw`Error while serving @${name}%%c\n\x1b[31m\u202e:`, "a bug"]]);
+  });
+}
 
 unixTest("UnixServer has no hosts for maxConnectionsPerHost to count", async (folder) => {
   const path = `${folder}/echo.sock`;
