@@ -38,14 +38,19 @@ Usage: deno run --allow-net server.ts [options]
   --cert FILE            encrypt with TLS; FILE is the server's certificate, and
   --key FILE             its private key; this needs --allow-read of both
   --lines                stamp each line, instead of each chunk as it arrives
-  --max-connections N    serve so many clients at once, others wait (no limit)
+  --max-connections N    serve so many clients at once, others wait (what the
+                         system allows if run with -A, else no limit)
+  --max-connections-per-host N
+                         close what one host has beyond so many (no limit)
   --idle-timeout MS      close clients that are silent for so long (never)
+  --max-lifetime MS      close clients after so long, busy or not (never)
   --quiet                print errors only
   --help                 print this and end
   --version              print the version and end
 
-SIGINT or SIGTERM lets clients finish what they have begun; a second one cuts
-them off.`;
+On a terminal the last line says how the server is doing. SIGUSR2 prints the
+same anywhere, with rates since the last such line. SIGINT or SIGTERM lets
+clients finish what they have begun; a second one cuts them off.`;
 
 const VERSION = "0.1.0";
 
@@ -57,21 +62,38 @@ const FLAGS = {
   cert: { type: "string" },
   key: { type: "string" },
   lines: { type: "boolean", default: false },
-  "max-connections": { type: "string", default: "Infinity" },
-  "idle-timeout": { type: "string", default: "Infinity" },
+  "max-connections": { type: "string" },
+  "max-connections-per-host": { type: "string" },
+  "idle-timeout": { type: "string" },
+  "max-lifetime": { type: "string" },
   quiet: { type: "boolean", default: false },
   help: { type: "boolean", default: false },
   version: { type: "boolean", default: false },
 } as const;
 
+/** The library's limits that are flags. */
+const LIMITS = [
+  ["max-connections", "maxConnections"],
+  ["max-connections-per-host", "maxConnectionsPerHost"],
+  ["idle-timeout", "idleTimeout"],
+  ["max-lifetime", "maxLifetime"],
+] as const;
+
 /** The flags that mean nothing to datagrams. */
-const FOR_CONNECTIONS = ["lines", "max-connections", "idle-timeout"] as const;
+const FOR_CONNECTIONS = ["lines", ...LIMITS.map(([flag]) => flag)] as const;
 
 /** The flags that take a number. */
-const NUMBERS = /^--(port|max-connections|idle-timeout)$/;
+const NUMBERS = new Set(["port", ...LIMITS.map(([flag]) => flag)].map((flag) => `--${flag}`));
 
-/** Prints what happens; `--quiet` replaces it. */
-let log: (line: string) => void = console.log;
+let isQuiet = false;
+
+/** Prints what happens. */
+function log(line: string): void {
+  if (!isQuiet) console.log(line);
+}
+
+/** Chunks, lines or datagrams that were answered. */
+let messages = 0;
 
 abstract class Stamp extends StreamRequestHandler {
   override setup() {
@@ -80,6 +102,7 @@ abstract class Stamp extends StreamRequestHandler {
 
   /** Answers with the time and `data`, whose bytes pass through unchanged. */
   protected async answer(data: Uint8Array) {
+    messages++;
     this.request.write(`[${ctime(new Date())}] `);
     await this.request.write(data);
   }
@@ -104,6 +127,7 @@ class StampLines extends Stamp {
 
 class StampDatagrams extends DatagramRequestHandler {
   override async handle() {
+    messages++;
     log(`...datagram from: ${formatAddress(this.clientAddress)}`);
     const stamp = new TextEncoder().encode(`[${ctime(new Date())}] `);
     try {
@@ -140,7 +164,7 @@ function parse(args: string[]) {
 function withNegatives(args: string[]): string[] {
   const joined: string[] = [];
   for (const [index, arg] of args.entries()) {
-    const isNumber = /^-\d/.test(arg) && NUMBERS.test(args[index - 1] ?? "") && !args.slice(0, index).includes("--");
+    const isNumber = /^-\d/.test(arg) && NUMBERS.has(args[index - 1] ?? "") && !args.slice(0, index).includes("--");
     joined.push(isNumber ? `${joined.pop()}=${arg}` : arg);
   }
   return joined;
@@ -165,17 +189,18 @@ function makeServer(args: string[]): StreamServer | DatagramServer | null {
     console.log(flags.help ? USAGE : `server.ts ${VERSION}`);
     return null;
   }
-  if (flags.quiet) log = () => {};
+  isQuiet = flags.quiet;
   const { hostname, unix: path } = flags;
   if (flags.port !== undefined && path !== undefined) throw new TypeError("choose one of --port and --unix");
   const port = number("--port", flags.port ?? "8009", 0, 65_535);
-  const options: ServerOptions = {
-    maxConnections: number("--max-connections", flags["max-connections"], 1),
-    idleTimeout: number("--idle-timeout", flags["idle-timeout"], 1),
-  };
+  const options: ServerOptions = {};
+  for (const [flag, option] of LIMITS) {
+    const text = flags[flag];
+    if (text !== undefined) options[option] = number(`--${flag}`, text, 1);
+  }
   if (flags.udp) {
     const isEncrypted = flags.cert !== undefined || flags.key !== undefined;
-    const senseless = isEncrypted ? "cert" : FOR_CONNECTIONS.find((name) => flags[name] !== FLAGS[name].default);
+    const senseless = isEncrypted ? "cert" : FOR_CONNECTIONS.find((name) => flags[name]);
     if (senseless !== undefined) throw new TypeError(`--${senseless} is for connections, and --udp has none`);
     return path === undefined
       ? new UdpServer({ hostname, port }, StampDatagrams)
@@ -190,16 +215,89 @@ function makeServer(args: string[]): StreamServer | DatagramServer | null {
   return new TlsServer({ hostname, port, cert: read("--cert", cert), key: read("--key", key) }, Handler, options);
 }
 
+/** How a server is doing: who is there, and rates since it was last asked. */
+class Meter {
+  readonly #server: StreamServer | DatagramServer;
+  #last = { at: performance.now(), messages, bytesRead: 0, bytesWritten: 0 };
+
+  constructor(server: StreamServer | DatagramServer) {
+    this.#server = server;
+  }
+
+  read(): string {
+    const { active, bytesRead, bytesWritten } = this.#server.stats;
+    const last = this.#last;
+    const next = this.#last = { at: performance.now(), messages, bytesRead, bytesWritten };
+    const rate = (what: "messages" | "bytesRead" | "bytesWritten") =>
+      Math.round((next[what] - last[what]) * 1_000 / Math.max(next.at - last.at, 1));
+    const there = `${this.#server instanceof DatagramServer ? "datagrams" : "connections"}: ${active}`;
+    const traffic = `bytes/s in: ${rate("bytesRead")}, bytes/s out: ${rate("bytesWritten")}`;
+    return `${there}, messages/s: ${rate("messages")}, ${traffic}`;
+  }
+}
+
+/** How often the status line is drawn anew: a person can read it meanwhile. */
+const STATUS_INTERVAL_MS = 1_000;
+
+/** The last line of a terminal, that says how the server is doing. What else is printed goes above it. */
+class StatusLine implements Disposable {
+  readonly #meter: Meter;
+  readonly #timer: ReturnType<typeof setInterval>;
+  readonly #print = { log: console.log, error: console.error };
+  #text = "";
+
+  constructor(meter: Meter) {
+    this.#meter = meter;
+    // The library prints its errors by the console, too.
+    for (const way of ["log", "error"] as const) console[way] = (...data) => this.#printAbove(way, data);
+    this.#timer = setInterval(() => this.#update(), STATUS_INTERVAL_MS);
+    this.#update();
+  }
+
+  [Symbol.dispose](): void {
+    clearInterval(this.#timer);
+    Object.assign(console, this.#print);
+    this.#show("");
+  }
+
+  #update(): void {
+    this.#text = this.#meter.read();
+    this.#show(this.#text);
+  }
+
+  #printAbove(way: "log" | "error", data: unknown[]): void {
+    this.#show("");
+    this.#print[way](...data);
+    this.#show(this.#text);
+  }
+
+  /** Writes over the line; a text that is too long for it would leave parts behind. */
+  #show(text: string): void {
+    try {
+      const { columns } = Deno.consoleSize();
+      Deno.stdout.writeSync(new TextEncoder().encode(`\r\x1b[K${text.slice(0, columns - 1)}`));
+    } catch {
+      // The terminal is gone, and nobody looks.
+    }
+  }
+}
+
+/** SIGUSR1 is the runtime's own; other systems have neither. */
+const STATUS_SIGNAL = Deno.build.os === "windows" ? undefined : "SIGUSR2";
+
 async function serve(server: StreamServer | DatagramServer): Promise<void> {
-  const signals = ["SIGINT", "SIGTERM"] as const;
   let received = 0;
   const stop = () => received++ === 0 ? void server.shutdown() : server.close();
-  for (const signal of signals) Deno.addSignalListener(signal, stop);
+  const meter = new Meter(server);
+  const listeners = new Map<Deno.Signal, () => void>([["SIGINT", stop], ["SIGTERM", stop]]);
+  if (STATUS_SIGNAL !== undefined) listeners.set(STATUS_SIGNAL, () => console.log(meter.read()));
+  for (const [signal, listener] of listeners) Deno.addSignalListener(signal, listener);
   try {
     log(`waiting for connection... on ${formatAddress(await server.listen())}`);
+    using _status = Deno.stdout.isTerminal() && !isQuiet ? new StatusLine(new Meter(server)) : undefined;
     await server.serveForever();
   } finally {
-    for (const signal of signals) Deno.removeSignalListener(signal, stop);
+    for (const [signal, listener] of listeners) Deno.removeSignalListener(signal, listener);
   }
   const { cut } = await server.shutdown(); // It is over: this is its report.
   const { accepted, dropped, handshakeFailures, bytesRead, bytesWritten } = server.stats;

@@ -257,13 +257,13 @@ export function startPython(file: string, args: string[] = []): Program {
   return Program.start("python3", [here(`python/${file}`), ...args]);
 }
 
-/** client.ts on a terminal of its own. */
+/** One of the two scripts, by itself client.ts, on a terminal of its own. */
 export class Terminal implements AsyncDisposable {
   readonly #program: Program;
   readonly #columns: number;
 
-  constructor(args: string[], columns = 80) {
-    const command = [Deno.execPath(), ...denoArgs("client.ts", args, ["--allow-net=127.0.0.1"])];
+  constructor(args: string[], columns = 80, script: "server.ts" | "client.ts" = "client.ts") {
+    const command = [Deno.execPath(), ...denoArgs(script, args, ["--allow-net=127.0.0.1"])];
     this.#program = Program.start("python3", [here("python/pty_driver.py"), String(columns), ...command]);
     this.#columns = columns;
   }

@@ -13,6 +13,7 @@ import {
   startScript,
   startServer,
   startUnixServer,
+  Terminal,
   unixPermissions,
 } from "./programs.ts";
 import { programTest } from "./testing.ts";
@@ -161,6 +162,25 @@ programTest("--idle-timeout closes a silent client and says nothing", async () =
   assertEquals(server.stderr, "");
 });
 
+programTest("--max-lifetime closes a client that is not silent, and says nothing", async () => {
+  await using server = startServer(["--max-lifetime", "50"]);
+  using peer = await Peer.connect(await portOf(server));
+  await peer.send("hello\n");
+  assertMatch(new TextDecoder().decode(await peer.receiveAll()), stamped("hello\n"));
+  assertEquals(server.stderr, "");
+});
+
+programTest("--max-connections-per-host 1 closes the second client at once", async () => {
+  await using server = startServer(["--max-connections-per-host", "1"]);
+  const port = await portOf(server);
+  using first = await Peer.connect(port);
+  await first.send("first\n");
+  assertMatch(await first.receive("\n"), stamped("first\n"));
+  using second = await Peer.connect(port);
+  assertEquals((await second.receiveAll()).length, 0);
+  assertEquals(server.stdout.match(/connected from/g)?.length, 1);
+});
+
 programTest("--quiet prints nothing", async () => {
   const port = freePort();
   await using server = startScript("server.ts", ["--port", String(port), "--quiet"]);
@@ -198,6 +218,8 @@ const BAD_FLAGS = [
   { args: ["--max-connections", "1.5"], named: /--max-connections .*"1\.5"/ },
   { args: ["--idle-timeout", "0"], named: /--idle-timeout .*"0"/ },
   { args: ["--idle-timeout", "soon"], named: /--idle-timeout .*"soon"/ },
+  { args: ["--max-lifetime", "0"], named: /--max-lifetime .*"0"/ },
+  { args: ["--max-connections-per-host", "-1"], named: /--max-connections-per-host .*"-1"/ },
   { args: ["--quiet=yes"], named: /'--quiet'/ },
   { args: ["8009"], named: /'8009'/ },
   { args: ["--nope"], named: /: Unknown option '--nope'; --help/ },
@@ -283,6 +305,58 @@ programTest("a reader that leaves does no harm", async () => {
   server.kill("SIGTERM");
   const { code, stderr } = await server.ended();
   assertEquals([code, stderr], [0, ""]);
+});
+
+// --- Status ---------------------------------------------------------------------
+
+const IDLE = "messages/s: 0, bytes/s in: 0, bytes/s out: 0";
+
+if (Deno.build.os !== "windows") {
+  for (const flags of [[], ["--quiet"]]) {
+    programTest(`SIGUSR2 prints how the server is doing ${flags.join()}`, async () => {
+      const port = freePort();
+      await using server = startServer(["--port", String(port), ...flags]);
+      const client = await runScript("client.ts", ["--port", String(port), "--retries", "50", "hello"]);
+      assertMatch(client.stdout, stamped("hello\n"));
+      server.kill("SIGUSR2");
+      const [, messages, bytesIn, bytesOut] = await server.printed(
+        /connections: \d, messages\/s: (\d+), bytes\/s in: (\d+), bytes\/s out: (\d+)\n/,
+      );
+      const rates = [messages, bytesIn, bytesOut].map(Number);
+      assert(rates.every((rate) => rate >= 0) && Number(bytesIn) <= Number(bytesOut));
+    });
+  }
+}
+
+programTest("on a terminal the last line says how the server is doing, and is gone at the end", async () => {
+  const port = freePort();
+  await using server = new Terminal(["--port", String(port)], 80, "server.ts");
+  const waiting = `waiting for connection... on 127.0.0.1:${port}`;
+  await server.shows(waiting, `connections: 0, ${IDLE}`);
+  using peer = await Peer.connect(port);
+  const connected = `...connected from: 127.0.0.1:${peer.port}`;
+  await server.shows(waiting, connected, `connections: 1, ${IDLE}`);
+  await peer.send("hello\n");
+  await peer.receive("\n");
+  await peer.closeWrite();
+  await server.shows(waiting, connected, `connections: 0, ${IDLE}`);
+  await server.type("\x03");
+  const { how, screen } = await server.ended();
+  assertMatch(how, /exit code 0, terminal as it was/);
+  assertEquals(screen, [waiting, connected, "clients: 1, cut off: 0, bytes in: 6, bytes out: 33", ""]);
+});
+
+programTest("on a narrow terminal the last line is cut, and with --quiet there is none", async () => {
+  const port = freePort();
+  await using server = new Terminal(["--port", String(port)], 50, "server.ts");
+  const waiting = `waiting for connection... on 127.0.0.1:${port}`;
+  await server.shows(waiting, `connections: 0, ${IDLE}`.slice(0, 49));
+  await server.type("\x03");
+  await server.ended();
+  await using quiet = new Terminal(["--port", String(port), "--quiet"], 80, "server.ts");
+  await runScript("client.ts", ["--port", String(port), "--retries", "50", "hello"]);
+  await quiet.type("\x03");
+  assertEquals((await quiet.ended()).screen, ["^C"]);
 });
 
 // --- Unix sockets ---------------------------------------------------------------
