@@ -5485,8 +5485,8 @@ export interface UnixServerAddress {
   /** The path of the socket file, of 107 bytes at most. A path that begins with `"\0"` is a name without a file (Linux). */
   path: string;
   /**
-   * The permissions of the socket file, such as `0o660`: who may write to it may
-   * connect. Between its making and the change it has those that the umask gives.
+   * The permissions of the socket file, from 0 to `0o777`, such as `0o660`: who may
+   * write to it may connect. Between its making and the change it has those that the umask gives.
    *
    * @default What the umask leaves of 0o777.
    */
@@ -5565,6 +5565,9 @@ export class UnixServer extends StreamServer<Deno.UnixAddr> {
   }
 }
 
+/** All that the permissions of a file can grant. */
+const MAX_MODE = 0o777;
+
 /** The file of a Unix socket. A name that begins with `"\0"` has none. */
 class SocketFile {
   readonly path: string;
@@ -5576,6 +5579,9 @@ class SocketFile {
     const defaults: { path: string; mode: number | undefined } = { path: "", mode: undefined };
     const { path, mode } = resolveOptions(defaults, address);
     if (path === "") throw new TypeError("Path must not be empty: name the socket file");
+    if (mode !== undefined && mode > MAX_MODE) {
+      throw new RangeError(`Option "mode" must be from 0 to 0o777, such as 0o660: it is 0o${mode.toString(8)}`);
+    }
     this.path = path;
     this.#mode = mode;
   }

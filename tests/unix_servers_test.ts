@@ -161,6 +161,12 @@ if (Deno.build.os === "linux") {
   });
 }
 
+for (const mode of [-1, 1.5, 660, Infinity]) {
+  Deno.test(`UnixServer refuses mode ${mode}`, () => {
+    assertThrows(() => new UnixServer({ path: "/tmp/a.sock", mode }, Echo), RangeError);
+  });
+}
+
 Deno.test("UnixServer refuses an empty path", () => {
   assertThrows(() => new UnixServer({ path: "" }, Echo), TypeError);
 });
