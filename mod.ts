@@ -568,34 +568,34 @@ const MAX_LOOKING = 0.05;
 /** What was not looked at since it began. */
 const UNSEEN = -1;
 
-/** Something with deadlines. */
-interface Timed {
-  /**
-   * Ends what has taken too long by `now`, in the time of `performance.now()`.
-   * Returns the shortest time that it has, in milliseconds; with `Infinity` it
-   * is looked at no more.
-   */
-  look(now: number): number;
-}
-
 /**
  * One timer for the deadlines of all streams. A timer for each read costs a fifth
  * of the throughput, and a look at the clock 1.5 % (79 ns). So nothing is noted
  * when a wait begins: the first look after that starts its time.
  */
-class DeadlineTimer {
-  readonly #watched = new Set<Timed>();
+class DeadlineTimer<Watched> {
+  readonly #lookAt: (watched: Watched, now: number) => number;
+  readonly #watched = new Set<Watched>();
   #timer: ReturnType<typeof setTimeout> | undefined;
   #looksAt = Infinity;
 
-  /** Looks at `timed` from now on, often enough for a time of `ms`. */
-  watch(timed: Timed, ms: number): void {
-    this.#watched.add(timed);
+  /**
+   * `lookAt` ends what has taken too long by `now`, in the time of
+   * `performance.now()`. It returns the shortest time that is left to be kept, in
+   * milliseconds; with `Infinity` it is called no more.
+   */
+  constructor(lookAt: (watched: Watched, now: number) => number) {
+    this.#lookAt = lookAt;
+  }
+
+  /** Looks at `watched` from now on, often enough for a time of `ms`. */
+  watch(watched: Watched, ms: number): void {
+    this.#watched.add(watched);
     this.#lookIn(ms / LOOKS_PER_DEADLINE);
   }
 
-  unwatch(timed: Timed): void {
-    this.#watched.delete(timed);
+  unwatch(watched: Watched): void {
+    this.#watched.delete(watched);
     if (this.#watched.size === 0) this.#rest();
   }
 
@@ -612,9 +612,9 @@ class DeadlineTimer {
     this.#looksAt = Infinity;
     const now = performance.now();
     let shortest = Infinity;
-    for (const timed of this.#watched) {
-      const time = timed.look(now);
-      if (time === Infinity) this.#watched.delete(timed);
+    for (const watched of this.#watched) {
+      const time = this.#lookAt(watched, now);
+      if (time === Infinity) this.#watched.delete(watched);
       shortest = Math.min(shortest, time);
     }
     const spent = performance.now() - now;
@@ -626,8 +626,6 @@ class DeadlineTimer {
     this.#looksAt = Infinity;
   }
 }
-
-const deadlines = new DeadlineTimer();
 
 /** Resolves after `ms`, or as soon as `signal` aborts. */
 function delay(ms: number, signal?: AbortSignal): Promise<void> {
@@ -913,6 +911,14 @@ function kindOf(value: unknown): string {
   return typeof value === "object" && value !== null ? `a ${value.constructor?.name ?? "bare"} object` : String(value);
 }
 
+/** The stream whose connection an error came from, to tell a vanished peer from a handler's own trouble. */
+const originOf = new WeakMap<Error, object>();
+
+function noteOrigin(error: unknown, stream: object): unknown {
+  if (error instanceof Error) originOf.set(error, stream);
+  return error;
+}
+
 /** One thing to do on the connection, in its turn. */
 interface WriteJob {
   readonly bytes: Uint8Array;
@@ -931,7 +937,7 @@ interface WriteJob {
 class WriteQueue {
   #conn: StreamConn;
   readonly #highWaterMark: number;
-  readonly #onError: (error: unknown) => void;
+  readonly #owner: object;
   readonly #jobs: WriteJob[] = [];
   #offset = 0;
   /** What `send()` writes without a job, as nothing was before it. */
@@ -952,11 +958,11 @@ class WriteQueue {
   #buffered = 0;
   bytesWritten = 0;
 
-  /** `onError` is told of an error of the connection. */
-  constructor(conn: StreamConn, highWaterMark: number, onError: (error: unknown) => void) {
+  /** The connection's errors are noted as those of `owner`. */
+  constructor(conn: StreamConn, highWaterMark: number, owner: object) {
     this.#conn = conn;
     this.#highWaterMark = highWaterMark;
-    this.#onError = onError;
+    this.#owner = owner;
   }
 
   /** Whether there is nothing that still has to leave. */
@@ -1138,8 +1144,8 @@ class WriteQueue {
       job = this.#jobs[0];
     }
     if (job === undefined) this.#rest();
-    else if (job.endsStream) this.#conn.closeWrite().then(this.#onJobDone, this.#onFailure);
-    else this.#conn.write(job.bytes).then(this.#onWritten, this.#onFailure);
+    else if (job.endsStream) this.#conn.closeWrite().then(() => this.#endJob(), (error) => this.#failWriting(error));
+    else this.#write(job.bytes);
   }
 
   /** Nothing is left but, perhaps, what was gathered meanwhile. */
@@ -1178,33 +1184,34 @@ class WriteQueue {
   };
 
   readonly #onSendFailed = (error: unknown): never => {
-    if (!this.#failed) this.#onFailure(error);
+    if (!this.#failed) this.#failWriting(error);
     if (this.#sending !== undefined) forgettable(this.#sending);
     throw this.#failure;
   };
 
-  readonly #onWritten = (count: number): void => {
+  #write(bytes: Uint8Array): void {
+    this.#conn.write(bytes).then((count) => this.#noteWritten(count), (error) => this.#failWriting(error));
+  }
+
+  #noteWritten(count: number): void {
     if (this.#failed) return; // fail() was here first.
     this.bytesWritten += count;
     this.#offset += count;
     const bytes = this.#jobs[0]?.bytes ?? NO_BYTES;
-    if (this.#offset < bytes.length) {
-      this.#conn.write(bytes.subarray(this.#offset)).then(this.#onWritten, this.#onFailure);
-    } else {
-      this.#onJobDone();
-    }
-  };
+    if (this.#offset < bytes.length) this.#write(bytes.subarray(this.#offset));
+    else this.#endJob();
+  }
 
-  readonly #onJobDone = (): void => {
+  #endJob(): void {
     if (this.#failed) return; // fail() was here first.
     this.#settle();
     this.#next();
-  };
+  }
 
-  readonly #onFailure = (error: unknown): void => {
-    this.#onError(error);
+  #failWriting(error: unknown): void {
+    noteOrigin(error, this.#owner);
     this.fail(error);
-  };
+  }
 }
 
 /** Queues with gathered bytes that are to leave at the end of this turn. */
@@ -1236,16 +1243,12 @@ const EXTRA_READS = 8;
 /** Milliseconds after which the queue moves on although nobody was served. */
 const STALL_MS = 1;
 
-/** A stream that waits for its turn to read. */
-interface TurnTaker {
-  takeTurn(): void;
-}
-
 /**
  * Lets busy streams read in turn.
  */
-class Turnstile {
-  readonly #waiting: TurnTaker[] = [];
+class Turnstile<Taker> {
+  readonly #takeTurn: (taker: Taker) => void;
+  readonly #waiting: Taker[] = [];
   /** Where the queue begins in `#waiting`. */
   #first = 0;
   /** Reads that were completed in this turn. */
@@ -1255,6 +1258,11 @@ class Turnstile {
   #hasMoved = false;
   #isWatched = false;
 
+  /** `takeTurn` lets go on who was not admitted at once. */
+  constructor(takeTurn: (taker: Taker) => void) {
+    this.#takeTurn = takeTurn;
+  }
+
   enter(): void {
     this.#streams++;
   }
@@ -1263,8 +1271,8 @@ class Turnstile {
     this.#streams--;
   }
 
-  /** Whether `taker` may read at once; otherwise it is called when it is its turn. */
-  admits(taker: TurnTaker): boolean {
+  /** Whether `taker` may read at once; otherwise it is told when it is its turn. */
+  admits(taker: Taker): boolean {
     if (this.#completed < RUNTIME_BUDGET && this.#waiting.length === 0) return true;
     this.#waiting.push(taker);
     if (!this.#isWatched) this.#moveOn();
@@ -1293,18 +1301,17 @@ class Turnstile {
   };
 
   #letGo(count: number): void {
-    const end = Math.min(this.#first + count, this.#waiting.length);
-    while (this.#first < end) this.#waiting[this.#first++]?.takeTurn();
+    const going = this.#waiting.slice(this.#first, this.#first + count);
+    this.#first += going.length;
     if (this.#first === this.#waiting.length) {
       this.#waiting.length = this.#first = 0;
     } else if (this.#first > this.#waiting.length >> 1) {
       this.#waiting.splice(0, this.#first);
       this.#first = 0;
     }
+    for (const taker of going) this.#takeTurn(taker);
   }
 }
-
-const turnstile = new Turnstile();
 
 // --- Streams ----------------------------------------------------------------
 
@@ -1367,13 +1374,11 @@ class Reader<T> implements Waiting, Search {
   wait(timeout: number): Promise<T> {
     this.timeout = timeout;
     this.seenAt = UNSEEN;
-    return this.#answer = new Promise(this.#settler);
+    return this.#answer = new Promise((resolve, reject) => {
+      this.#resolve = resolve;
+      this.#reject = reject;
+    });
   }
-
-  readonly #settler = (resolve: (answer: T) => void, reject: (error: unknown) => void): void => {
-    this.#resolve = resolve;
-    this.#reject = reject;
-  };
 
   advance(): boolean {
     const answer = this.#take(this);
@@ -1391,9 +1396,6 @@ class Reader<T> implements Waiting, Search {
 /** Milliseconds that a closed stream tries to send what `write()` had buffered before it drops the connection. */
 const CLOSE_LINGER_MS = 1_000;
 
-/** The stream whose connection an error came from, to tell a vanished peer from a handler's own trouble. */
-const originOf = new WeakMap<Error, SocketStream>();
-
 /** What a server may do to a stream and nobody else. */
 interface StreamControl {
   /**
@@ -1405,12 +1407,20 @@ interface StreamControl {
   completedReads(): number;
   /** Closes at once and drops what is buffered; `error` is what the stream's calls reject with. */
   cut(stream: SocketStream, error: Error): void;
+  /** Ends what has taken too long by `now`; returns the shortest time that is left to be kept, in milliseconds. */
+  look(stream: SocketStream, now: number): number;
+  /** Reads, as it is the stream's turn. */
+  takeTurn(stream: SocketStream): void;
   /** Does a handshake that was prepared once for many streams. */
   startTls(stream: SocketStream, handshake: Handshake): Promise<void>;
 }
 let control: StreamControl;
 
 let completedReads = 0;
+
+const deadlines = new DeadlineTimer<SocketStream>((stream, now) => control.look(stream, now));
+
+const turnstile = new Turnstile<SocketStream>((stream) => control.takeTurn(stream));
 
 /**
  * One buffered, two-way stream of bytes over a connection. A handler gets it as
@@ -1451,6 +1461,8 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
       endBetweenMessages: (stream, isLate) => stream.#endBetweenMessages(isLate),
       completedReads: () => completedReads,
       cut: (stream, error) => stream.#cut(error),
+      look: (stream, now) => stream.#look(now),
+      takeTurn: (stream) => stream.#takeTurn(),
       startTls: (stream, handshake) => stream.#startTls(handshake),
     };
   }
@@ -1517,7 +1529,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     this.#timeout = timeout;
     this.#idleTimeout = idleTimeout;
     this.#limit = limit;
-    this.#output = new WriteQueue(conn, highWaterMark, (error) => this.#own(error));
+    this.#output = new WriteQueue(conn, highWaterMark, this);
     turnstile.enter();
     this.#needsWatch = timeout !== Infinity || idleTimeout !== Infinity;
     this.#watchFor(idleTimeout);
@@ -2089,7 +2101,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
       const answer = reader.take();
       if (answer !== MORE) return Promise.resolve(answer);
     } catch (error) {
-      return rejection(this.#own(error));
+      return rejection(noteOrigin(error, this));
     }
     if (this.#readFailed) return rejection(this.#readFailure);
     if (this.#draining !== "no" && this.#endsBetweenMessages(reader.startsMessage)) this.#ended = true;
@@ -2137,19 +2149,14 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   #fill(): void {
     this.#filling = true;
     // Who has just come is nobody's rival yet.
-    if (this.#bytesRead === 0 || turnstile.admits(this.#turn)) this.#readNow();
+    if (this.#bytesRead === 0 || turnstile.admits(this)) this.#readNow();
   }
 
-  readonly #turn: TurnTaker = {
-    takeTurn: () => {
-      this.#filling = false;
-      // Its reader may have given up while it was waiting.
-      if (this.#reader !== undefined && !this.#closed) {
-        this.#filling = true;
-        this.#readNow();
-      }
-    },
-  };
+  #takeTurn(): void {
+    // Its reader may have given up while it was waiting.
+    this.#filling = this.#reader !== undefined && !this.#closed;
+    if (this.#filling) this.#readNow();
+  }
 
   #readNow(): void {
     // A read with a deadline may leave before its bytes come, which then must
@@ -2192,7 +2199,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
       answered = reader.advance();
     } catch (error) {
       this.#reader = undefined;
-      return reader.reject(this.#own(error));
+      return reader.reject(noteOrigin(error, this));
     }
     if (answered) this.#reader = undefined;
     else this.#fill();
@@ -2200,7 +2207,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
   #failReading(error: unknown): void {
     this.#readFailed = true;
-    this.#readFailure = this.#own(error);
+    this.#readFailure = noteOrigin(error, this);
     // A caller's array is written to until the connection is gone.
     if (!this.#filling || this.#direct.length === 0) this.#rejectReader(error);
   }
@@ -2209,11 +2216,6 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     const reader = this.#reader;
     this.#reader = undefined;
     reader?.reject(error);
-  }
-
-  #own(error: unknown): unknown {
-    if (error instanceof Error) originOf.set(error, this);
-    return error;
   }
 
   #takeChunk(maxBytes: number): Uint8Array<ArrayBuffer> | null | typeof MORE {
@@ -2335,7 +2337,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   #cut(error: unknown): void {
     this.#shut(error);
     this.#rejectReader(this.#readFailure);
-    this.#output.fail(this.#own(error));
+    this.#output.fail(noteOrigin(error, this));
     closeQuietly(this.#conn);
   }
 
@@ -2344,26 +2346,24 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     if (this.#closed) return;
     this.#closed = true;
     turnstile.leave();
-    deadlines.unwatch(this.#timed);
+    deadlines.unwatch(this);
     this.#failReading(error);
   }
 
   #watchFor(ms: number): void {
     if (this.#closed || ms === Infinity) return;
     this.#needsWatch = false;
-    deadlines.watch(this.#timed, ms);
+    deadlines.watch(this, ms);
   }
 
-  readonly #timed: Timed = {
-    look: (now) => {
-      this.#endLateRest(now);
-      this.#endLateWrite(now);
-      this.#endLateRead(now);
-      const time = this.#closed ? Infinity : this.#shortestTime();
-      this.#needsWatch = time === Infinity;
-      return time;
-    },
-  };
+  #look(now: number): number {
+    this.#endLateRest(now);
+    this.#endLateWrite(now);
+    this.#endLateRead(now);
+    const time = this.#closed ? Infinity : this.#shortestTime();
+    this.#needsWatch = time === Infinity;
+    return time;
+  }
 
   #shortestTime(): number {
     return Math.min(this.#idleTimeout, this.#output.idle ? Infinity : this.#timeout, this.#reader?.timeout ?? Infinity);
@@ -2393,7 +2393,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     if (now - reader.seenAt < reader.timeout) return;
     this.#reader = undefined;
     const message = `${reader.call} waited for the timeout of ${reader.timeout} ms`;
-    reader.reject(this.#own(new Deno.errors.TimedOut(message)));
+    reader.reject(noteOrigin(new Deno.errors.TimedOut(message), this));
   }
 }
 
