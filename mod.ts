@@ -420,6 +420,7 @@ const NUMBER_RULES: Record<string, "above 0" | "0 or more" | "whole, 1 or more" 
 
 /** Fills `options` up with `defaults`; throws for a name that is misspelt and for a number out of its range. */
 function resolveOptions<T extends object>(defaults: T, options: Partial<T>): T {
+  if (isResolved(defaults, options)) return options;
   const given = Object.entries(options).filter(([, value]) => value !== undefined);
   for (const [name, value] of given) {
     if (!Object.hasOwn(defaults, name)) {
@@ -427,7 +428,16 @@ function resolveOptions<T extends object>(defaults: T, options: Partial<T>): T {
     }
     if (Object.hasOwn(NUMBER_RULES, name)) checkNumber(name, value);
   }
-  return { ...defaults, ...Object.fromEntries(given) };
+  const resolved = { ...defaults, ...Object.fromEntries(given) };
+  resolvedFrom.set(resolved, defaults);
+  return resolved;
+}
+
+/** The defaults that options were resolved with: a server gives the same ones to each of its streams. */
+const resolvedFrom = new WeakMap<object, object>();
+
+function isResolved<T extends object>(defaults: T, options: Partial<T>): options is T {
+  return resolvedFrom.get(options) === defaults;
 }
 
 function checkNumber(name: string, value: unknown): void {
@@ -1409,6 +1419,8 @@ interface StreamControl {
   cut(stream: SocketStream, error: Error): void;
   /** Ends what has taken too long by `now`; returns the shortest time that is left to be kept, in milliseconds. */
   look(stream: SocketStream, now: number): number;
+  /** Whether closing has nothing to wait for. */
+  isSettled(stream: SocketStream): boolean;
   /** Reads, as it is the stream's turn. */
   takeTurn(stream: SocketStream): void;
   /** Does a handshake that was prepared once for many streams. */
@@ -1462,6 +1474,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
       completedReads: () => completedReads,
       cut: (stream, error) => stream.#cut(error),
       look: (stream, now) => stream.#look(now),
+      isSettled: (stream) => stream.#output.idle && stream.#lingering === undefined,
       takeTurn: (stream) => stream.#takeTurn(),
       startTls: (stream, handshake) => stream.#startTls(handshake),
     };
@@ -1816,7 +1829,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * ```
    */
   write(data: Uint8Array | string): Promise<void> {
-    if (this.#closed) return rejection(this.#readFailure);
+    if (this.#closed) return rejection(this.#failure);
     if (!isData(data)) return rejection(dataError("write()", data));
     this.#unanswered = false;
     if (this.#needsWatch) this.#watchFor(this.#timeout);
@@ -1844,8 +1857,8 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * ```
    */
   flush(): Promise<void> {
-    if (this.#closed) return rejection(this.#readFailure);
-    if (this.#needsWatch) this.#watchFor(this.#timeout);
+    if (this.#closed) return rejection(this.#failure);
+    if (this.#needsWatch && !this.#output.idle) this.#watchFor(this.#timeout);
     return this.#output.flush();
   }
 
@@ -1872,7 +1885,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * ```
    */
   send(data: Uint8Array | string): Promise<void> {
-    if (this.#closed) return rejection(this.#readFailure);
+    if (this.#closed) return rejection(this.#failure);
     if (!isData(data)) return rejection(dataError("send()", data));
     this.#unanswered = false;
     if (this.#needsWatch) this.#watchFor(this.#timeout);
@@ -1943,7 +1956,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * ```
    */
   closeWrite(): Promise<void> {
-    if (this.#closed) return rejection(this.#readFailure);
+    if (this.#closed) return rejection(this.#failure);
     if (this.#needsWatch) this.#watchFor(this.#timeout);
     return this.#output.closeWrite();
   }
@@ -1957,13 +1970,12 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    */
   close(): void {
     if (this.#closed) return;
-    const error = new Deno.errors.BadResource("The stream is closed");
-    if (this.#output.idle) return this.#cut(error);
-    this.#shut(error);
-    const timer = setTimeout(() => this.#cut(error), CLOSE_LINGER_MS);
+    if (this.#output.idle) return this.#cut();
+    this.#shut();
+    const timer = setTimeout(() => this.#cut(), CLOSE_LINGER_MS);
     this.#lingering = this.#output.flush().catch(ignore).finally(() => {
       clearTimeout(timer);
-      this.#cut(error);
+      this.#cut();
     });
   }
 
@@ -2048,7 +2060,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   #checkReadyForTls(): void {
-    if (this.#readFailed) throw this.#readFailure;
+    if (this.#readFailed) throw this.#failure;
     if (this.#conn instanceof TlsConn) throw new TypeError("Cannot startTls(): the stream has TLS already");
     if (this.#ended) throw new Deno.errors.BrokenPipe("Cannot startTls(): the peer has ended its side of the stream");
     if (this.#reader !== undefined || this.#filling) {
@@ -2093,7 +2105,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
   /** The one place where reads wait. */
   #read<T>(reader: Reader<T>): Promise<T> {
-    if (this.#closed) return rejection(this.#readFailure);
+    if (this.#closed) return rejection(this.#failure);
     if (this.#reader !== undefined) {
       return rejection(new Deno.errors.Busy(`Cannot ${reader.call}: ${this.#reader.call} waits on the same stream`));
     }
@@ -2103,7 +2115,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     } catch (error) {
       return rejection(noteOrigin(error, this));
     }
-    if (this.#readFailed) return rejection(this.#readFailure);
+    if (this.#readFailed) return rejection(this.#failure);
     if (this.#draining !== "no" && this.#endsBetweenMessages(reader.startsMessage)) this.#ended = true;
     return this.#wait(reader);
   }
@@ -2205,17 +2217,23 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     else this.#fill();
   }
 
-  #failReading(error: unknown): void {
+  /** Why reading cannot go on. An error costs as much as a message to make, and few ask why they were closed. */
+  get #failure(): unknown {
+    return this.#readFailure ??= noteOrigin(new Deno.errors.BadResource("The stream is closed"), this);
+  }
+
+  /** Without an `error`, the stream was closed. */
+  #failReading(error?: unknown): void {
     this.#readFailed = true;
     this.#readFailure = noteOrigin(error, this);
     // A caller's array is written to until the connection is gone.
-    if (!this.#filling || this.#direct.length === 0) this.#rejectReader(error);
+    if (!this.#filling || this.#direct.length === 0) this.#rejectReader();
   }
 
-  #rejectReader(error: unknown): void {
+  #rejectReader(): void {
     const reader = this.#reader;
     this.#reader = undefined;
-    reader?.reject(error);
+    reader?.reject(this.#failure);
   }
 
   #takeChunk(maxBytes: number): Uint8Array<ArrayBuffer> | null | typeof MORE {
@@ -2334,15 +2352,15 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     return this.#draining === "late" || !this.#unanswered;
   }
 
-  #cut(error: unknown): void {
+  #cut(error?: unknown): void {
     this.#shut(error);
-    this.#rejectReader(this.#readFailure);
-    this.#output.fail(noteOrigin(error, this));
+    this.#rejectReader();
+    if (!this.#output.idle) this.#output.fail(noteOrigin(error ?? this.#failure, this));
     closeQuietly(this.#conn);
   }
 
   /** The stream takes no more calls; what waits to be sent may still leave. */
-  #shut(error: unknown): void {
+  #shut(error?: unknown): void {
     if (this.#closed) return;
     this.#closed = true;
     turnstile.leave();
@@ -4722,7 +4740,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     const { timeout, idleTimeout, limit, highWaterMark } = resolved;
     this.#Handler = Handler;
     this.#options = resolved;
-    this.#streamOptions = { timeout, idleTimeout, limit, highWaterMark };
+    this.#streamOptions = resolveOptions(STREAM_DEFAULTS, { timeout, idleTimeout, limit, highWaterMark });
   }
 
   /**
@@ -4859,9 +4877,10 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   }
 
   /** Sends what is buffered and closes the stream. */
-  protected override async closeRequest(request: SocketStream): Promise<void> {
+  protected override closeRequest(request: SocketStream): Promise<void> | undefined {
+    if (control.isSettled(request)) return void request.close();
     if (request.timeout === Infinity) request.timeout = CLOSE_STALL_MS;
-    await request[Symbol.asyncDispose]();
+    return request[Symbol.asyncDispose]();
   }
 
   /** Closes the stream now. */
