@@ -984,20 +984,22 @@ class WriteQueue {
   write(data: Uint8Array | string): Promise<void> {
     if (this.#refuses) return this.#refuse("write()");
     if (typeof data === "string" && data.length <= TEXT_CHARACTERS) return this.#writeText(data);
-    const bytes = typeof data === "string" ? encoder.encode(data) : data;
-    this.#encodeText();
-    if (this.#buffered + bytes.length > this.#highWaterMark) return this.#enqueue({ bytes });
-    this.#gather(bytes);
-    if (!this.#busy) this.#flushSoon();
-    return DONE;
+    return this.#writeBytes(typeof data === "string" ? encoder.encode(data) : data);
   }
 
   #writeText(text: string): Promise<void> {
     if (this.#text.length + text.length > TEXT_CHARACTERS) this.#encodeText();
-    if (this.#buffered + this.#text.length + text.length > this.#highWaterMark) {
-      return this.#enqueue({ bytes: encoder.encode(text) });
-    }
-    this.#text += text; // A character that was cut in two becomes whole again, as in a TextEncoderStream.
+    const most = this.#buffered + (this.#text.length + text.length) * MAX_UTF8_BYTES;
+    if (most > this.#highWaterMark) return this.#writeBytes(encoder.encode(text)); // It has to be counted.
+    this.#text += text;
+    if (!this.#busy) this.#flushSoon();
+    return DONE;
+  }
+
+  #writeBytes(bytes: Uint8Array): Promise<void> {
+    this.#encodeText();
+    if (this.#buffered + bytes.length > this.#highWaterMark) return this.#enqueue({ bytes });
+    this.#gather(bytes);
     if (!this.#busy) this.#flushSoon();
     return DONE;
   }
@@ -1056,6 +1058,7 @@ class WriteQueue {
     this.#blockLength = 0;
     this.#text = "";
     this.#busy = false;
+    if (this.#sending !== undefined) forgettable(this.#sending);
     for (const { settled } of this.#jobs.splice(0)) {
       if (settled === undefined) continue;
       forgettable(settled.promise);
@@ -1195,7 +1198,6 @@ class WriteQueue {
 
   readonly #onSendFailed = (error: unknown): never => {
     if (!this.#failed) this.#failWriting(error);
-    if (this.#sending !== undefined) forgettable(this.#sending);
     throw this.#failure;
   };
 
@@ -1283,7 +1285,8 @@ class Turnstile<Taker> {
 
   /** Whether `taker` may read at once; otherwise it is told when it is its turn. */
   admits(taker: Taker): boolean {
-    if (this.#completed < RUNTIME_BUDGET && this.#waiting.length === 0) return true;
+    const isFair = this.#streams < RUNTIME_BUDGET;
+    if (isFair || (this.#completed < RUNTIME_BUDGET && this.#waiting.length === 0)) return true;
     this.#waiting.push(taker);
     if (!this.#isWatched) this.#moveOn();
     return false;
@@ -1928,8 +1931,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
       );
     }
     // Both are queued in this turn, so nothing comes between them.
-    this.write(encodeFrameLength(bytes.length, format));
-    return this.write(bytes);
+    const prefix = this.write(encodeFrameLength(bytes.length, format));
+    const body = this.write(bytes);
+    return prefix === DONE ? body : forgettable(prefix.then(() => body));
   }
 
   /**
@@ -2160,6 +2164,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
   #fill(): void {
     this.#filling = true;
+    this.#direct = NO_BYTES;
     // Who has just come is nobody's rival yet.
     if (this.#bytesRead === 0 || turnstile.admits(this)) this.#readNow();
   }
@@ -2173,9 +2178,13 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   #readNow(): void {
     // A read with a deadline may leave before its bytes come, which then must
     // not land in an array that its caller uses for something else.
-    this.#direct = this.#timeout === Infinity && this.#reader !== undefined ? this.#reader.into : NO_BYTES;
+    if (this.#timeout === Infinity && this.#reader !== undefined) this.#direct = this.#reader.into;
     const room = this.#direct.length > 0 ? this.#direct : this.#input.room();
-    this.#conn.read(room).then(this.#onRead, this.#onReadFailure);
+    try {
+      this.#conn.read(room).then(this.#onRead, this.#onReadFailure);
+    } catch (error) {
+      this.#onReadFailure(error); // A connection of the caller's own that throws must not hold up the queue.
+    }
   }
 
   readonly #onRead = (count: number | null): void => {
@@ -2304,7 +2313,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     // A delimiter may be cut in two by the end of what has arrived.
     search.searched = Math.max(0, this.#input.length - delimiter.length + 1);
     const before = at < 0 ? search.searched : at;
-    if (before - this.#returnsBefore(before, delimiter) > this.#limit) {
+    // At the end of the stream no "\n" will make a last "\r" a part of the line's end.
+    const content = at < 0 && this.#ended ? before : before - this.#returnsBefore(before, delimiter);
+    if (content > this.#limit) {
       const what = delimiter === LINE_FEED ? "line" : "record";
       const message = `Cannot find the end of the ${what} within the limit of ${this.#limit} bytes (option "limit")`;
       throw new LimitOverrunError(message, this.#limit, before);
