@@ -1243,10 +1243,10 @@ function flushAll(): void {
 
 // --- Fair turns -------------------------------------------------------------
 
-/** Reads that the runtime completes in one turn of its event loop (tokio's budget). */
+/** Operations that the runtime completes in one turn of its event loop (tokio's budget); so many connections are served in order. */
 const RUNTIME_BUDGET = 128;
 
-/** Queued streams that go on in one turn, so that others than streams find room in the budget. */
+/** Queued streams that go on in one turn. From 96 on order is lost again; with 8 a turn costs more than it brings. */
 const READS_PER_TURN = 32;
 
 /** How many more go on than were served, as some of those that went on may have nothing to read. */
@@ -1257,6 +1257,17 @@ const STALL_MS = 1;
 
 /**
  * Lets busy streams read in turn.
+ *
+ * The runtime completes 128 operations in a turn and wakes the others that are
+ * ready in reverse order, so that a connection which reads again at once overtakes
+ * those that wait: of 1,000 busy ones some are answered once in four seconds and
+ * others two thousand times. Therefore, once a turn has been full, who wants to
+ * read again queues up here. As many go on as were served, as if each passed its
+ * place on; so never more are ready than the budget has room for, and accepting
+ * and datagrams have their turn as well.
+ *
+ * Whose first bytes are still to come, or who has waited in the kernel all the
+ * time, does not queue. With fewer streams than the budget nobody does.
  */
 class Turnstile<Taker> {
   readonly #takeTurn: (taker: Taker) => void;
