@@ -228,7 +228,8 @@ export interface StreamOptions {
    * Milliseconds that one read or one write may wait; above 0, `Infinity` for
    * ever. A read that waits longer rejects with `Deno.errors.TimedOut` and loses
    * nothing: the bytes answer the next read. A write that waits longer rejects
-   * likewise, and closes the stream, as nobody can tell how much was sent.
+   * likewise, and closes the stream, as nobody can tell how much was sent. It is
+   * never early, and late by a sixteenth or 10 ms at most, whichever is more.
    *
    * @default {Infinity}
    */
