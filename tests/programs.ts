@@ -68,6 +68,11 @@ export class Program implements AsyncDisposable {
     }
   }
 
+  /** The process's number. */
+  get pid(): number {
+    return this.#child.pid;
+  }
+
   /** What was printed so far. */
   get stdout(): string {
     return this.#stdout.text;

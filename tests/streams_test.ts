@@ -8,7 +8,6 @@ import {
   FakeConn,
   isPending,
   pattern,
-  randomNumbers,
   tcpConns,
   textOf,
   turnEnd,
@@ -108,6 +107,12 @@ Deno.test("a last line without an end is refused as well when it is over the lim
   const over = new SocketStream(new FakeConn().give("abcde").end(), { limit: 4 });
   await assertRejects(() => over.readLine(), LimitOverrunError);
   over.close();
+});
+
+Deno.test("a last line without an end is refused over the limit, also if it ends with half an end", async () => {
+  const stream = new SocketStream(new FakeConn().give("aaa\r").end(), { limit: 3 });
+  assertEquals(await stream.readLine().catch((error) => error.name), "LimitOverrunError");
+  stream.close();
 });
 
 Deno.test("after LimitOverrunError the bytes are still there, and the same read rejects again", async () => {
@@ -413,6 +418,28 @@ const reads: Record<string, (stream: SocketStream) => Promise<unknown>> = {
   "frames()": (stream) => stream.frames().next(),
   "for await": (stream) => stream[Symbol.asyncIterator]().next(),
 };
+
+Deno.test("a recv() that is refused does not change how much the one that waits may take", async () => {
+  const conn = new FakeConn();
+  const stream = new SocketStream(conn);
+  const waiting = stream.recv(2);
+  await assertRejects(() => stream.recv(1), Deno.errors.Busy);
+  conn.give("abc");
+  assertEquals(textOf(await waiting), "ab");
+  stream.close();
+});
+
+Deno.test("a read(into) that is refused does not get the bytes of the one that waits", async () => {
+  const conn = new FakeConn();
+  const stream = new SocketStream(conn);
+  const [ours, other] = [new Uint8Array(4), new Uint8Array(4)];
+  const waiting = stream.read(ours);
+  await assertRejects(() => stream.read(other), Deno.errors.Busy);
+  conn.give("abc");
+  assertEquals(await waiting, 3);
+  assertEquals([textOf(ours.subarray(0, 3)), other[0]], ["abc", 0]);
+  stream.close();
+});
 
 for (const [waiting, first] of Object.entries(reads)) {
   Deno.test(`a read while ${waiting} waits rejects, naming both, and does not disturb the first`, async () => {
@@ -725,249 +752,6 @@ networkTest("over TCP, a read(into) is answered, and close() ends one that waits
   assertEquals(await client.recv(), null);
   client.close();
 });
-
-// --- The model: random bytes in random cuts ---
-
-/** One read, checked against the bytes that are `left`; resolves to what is left then. */
-type ModelRead = (stream: SocketStream, left: Uint8Array, dice: Dice) => Promise<Uint8Array>;
-
-const modelReads: Record<string, ModelRead> = {
-  "recv()": async (stream, left, dice) => {
-    const maxBytes = dice.chance(0.5) ? Infinity : 1 + dice.upTo(dice.chance(0.1) ? 5_000 : 20);
-    return afterChunk(await stream.recv(maxBytes), left, maxBytes, dice);
-  },
-
-  "for await": async (stream, left, dice) => {
-    const { value } = await stream[Symbol.asyncIterator]().next();
-    return afterChunk(value ?? null, left, Infinity, dice);
-  },
-
-  "read()": async (stream, left, dice) => {
-    const into = new Uint8Array(1 + dice.upTo(dice.chance(0.1) ? 5_000 : 20)).fill(7);
-    const count = await stream.read(into);
-    assert(into.subarray(count ?? 0).every((byte) => byte === 7));
-    return afterChunk(count === null ? null : into.subarray(0, count), left, into.length, dice);
-  },
-
-  "readExactly()": async (stream, left, dice) => {
-    const count = dice.upTo(dice.chance(0.1) ? left.length : 20);
-    if (count <= left.length) return afterExactly(await stream.readExactly(count), left, count, dice);
-    await assertIncomplete(stream.readExactly(count), left, count);
-    return left.subarray(left.length);
-  },
-
-  "readUntil()": async (stream, left, dice) => {
-    const delimiter = bytesOf(dice.pick(["\n", "a", "ab", "aab", "\r\n", "\r\n\r\n", "abcab"]));
-    const at = indexOf(left, delimiter);
-    const farthest = at < 0 ? left.length - delimiter.length + 1 : at;
-    if (farthest > MODEL_LIMIT) return await afterOverrun(stream.readUntil(delimiter), stream, left, farthest);
-    if (at >= 0) {
-      return afterExactly(await stream.readUntil(delimiter) ?? left, left, at + delimiter.length, dice);
-    }
-    if (left.length === 0) assertEquals(await stream.readUntil(delimiter), null);
-    else await assertIncomplete(stream.readUntil(delimiter), left, null);
-    return left.subarray(left.length);
-  },
-
-  "readLine()": (stream, left) => afterLine(() => stream.readLine(), stream, left),
-
-  "lines()": (stream, left) => afterLine(async () => (await stream.lines().next()).value ?? null, stream, left),
-
-  "frames()": async (stream, left, dice) => {
-    const lengthBytes = dice.chance(0.9) ? 1 : 2;
-    const littleEndian = dice.chance(0.5);
-    const read = async () => (await stream.frames({ lengthBytes, littleEndian }).next()).value ?? null;
-    if (left.length === 0) {
-      assertEquals(await read(), null);
-      return left;
-    }
-    const [first = 0, second = 0] = left;
-    const length = lengthBytes === 1 ? first : littleEndian ? second << 8 | first : first << 8 | second;
-    const hasPrefix = left.length >= lengthBytes;
-    if (hasPrefix && length > MODEL_LIMIT) {
-      const error = await rejectionOf(read());
-      assert(error instanceof LimitOverrunError);
-      return afterExactly(await stream.readExactly(error.consumed), left, lengthBytes, dice);
-    }
-    if (!hasPrefix || left.length < lengthBytes + length) {
-      await assertIncomplete(read(), left, hasPrefix ? lengthBytes + length : lengthBytes);
-      return left.subarray(left.length);
-    }
-    return afterExactly(await read() ?? left, left.subarray(lengthBytes), length, dice);
-  },
-};
-
-const MODEL_LIMIT = 300;
-
-const MODEL_SEED = 20_260_802;
-
-/** What bytes a round has: text with many delimiters, lines with few, any bytes at all. */
-const alphabets = ["ab\n\r", "abc\n\r\r\n", "abcdefghijklmnop\n", "aé€😀\n", ""];
-
-for (const [name, read] of Object.entries(modelReads)) {
-  Deno.test(`random bytes in random cuts: ${name} agrees with a model`, async () => {
-    await playRounds(300, () => read);
-  });
-}
-
-Deno.test("random bytes in random cuts: all ways to read, mixed, agree with a model", async () => {
-  const all = Object.values(modelReads);
-  await playRounds(1_500, (dice) => dice.pick(all));
-});
-
-Deno.test("random frames of every format in random cuts are the same frames", async () => {
-  for (let round = 0; round < 500; round++) {
-    const dice = new Dice(MODEL_SEED + round);
-    const format = dice.pick(formats);
-    const records = Array.from({ length: dice.upTo(8) }, () => dice.bytes(dice.upTo(dice.chance(0.1) ? 255 : 10)));
-    const [ours, theirs] = socketPair();
-    const sending = (async () => {
-      for (const record of records) {
-        await theirs.writeFrame(record, format);
-        if (dice.chance(0.3)) await theirs.flush();
-      }
-      await theirs.closeWrite();
-    })();
-    const came = await Array.fromAsync(ours.frames(format));
-    await sending;
-    assertEquals(came, records, `round ${round} of seed ${MODEL_SEED}`);
-    ours.close();
-    theirs.close();
-  }
-});
-
-/** Reads random streams to their ends with the reads that `choose` gives. */
-async function playRounds(rounds: number, choose: (dice: Dice) => ModelRead): Promise<void> {
-  for (let round = 0; round < rounds; round++) {
-    const dice = new Dice(MODEL_SEED + round);
-    try {
-      await playRound(dice, choose);
-    } catch (error) {
-      throw new Error(`Round ${round} of seed ${MODEL_SEED} failed: ${error}`, { cause: error });
-    }
-  }
-}
-
-async function playRound(dice: Dice, choose: (dice: Dice) => ModelRead): Promise<void> {
-  const alphabet = bytesOf(dice.pick(alphabets));
-  const length = dice.upTo(dice.chance(0.01) ? 100_000 : dice.chance(0.1) ? 3_000 : 100);
-  const bytes = dice.bytes(length).map((byte) => alphabet[byte % alphabet.length] ?? byte);
-  const conn = new FakeConn();
-  const stream = new SocketStream(conn, { limit: MODEL_LIMIT });
-  const feeding = feed(conn, bytes, new Dice(length), Math.max(20, length / 20));
-  let left: Uint8Array = bytes;
-  while (left.length > 0) left = await choose(dice)(stream, left, dice);
-  await choose(dice)(stream, left, dice);
-  await feeding;
-  dice.assertKept();
-  assertEquals(stream.bytesRead, length);
-  stream.close();
-}
-
-async function feed(conn: FakeConn, bytes: Uint8Array, dice: Dice, longest: number): Promise<void> {
-  for (let at = 0; at < bytes.length;) {
-    const size = 1 + dice.upTo(dice.chance(0.5) ? 3 : longest);
-    conn.give(bytes.slice(at, at + size));
-    at += size;
-    for (let pause = dice.upTo(4); pause > 0; pause--) await Promise.resolve();
-  }
-  conn.end();
-}
-
-/** Chance that is the same for the same seed, and the chunks that a round was given. */
-class Dice {
-  readonly #random: () => number;
-  readonly #kept: [Uint8Array, Uint8Array][] = [];
-
-  constructor(seed: number) {
-    this.#random = randomNumbers(seed);
-  }
-
-  chance(probability: number): boolean {
-    return this.#random() < probability;
-  }
-
-  upTo(most: number): number {
-    return Math.floor(this.#random() * (most + 1));
-  }
-
-  pick<T>(items: readonly T[]): T {
-    const item = items[this.upTo(items.length - 1)];
-    if (item === undefined) throw new TypeError("Expected an item");
-    return item;
-  }
-
-  bytes(length: number): Uint8Array {
-    return Uint8Array.from({ length }, () => this.upTo(255));
-  }
-
-  /** Remembers what `chunk` holds. */
-  keep(chunk: Uint8Array): void {
-    this.#kept.push([chunk, chunk.slice()]);
-  }
-
-  /** Fails the test if a chunk has changed since. */
-  assertKept(): void {
-    for (const [chunk, copy] of this.#kept) assertSameBytes(chunk, copy, "in a chunk that was given out before");
-  }
-}
-
-function afterChunk(chunk: Uint8Array | null, left: Uint8Array, most: number, dice: Dice): Uint8Array {
-  if (chunk === null) {
-    assertEquals(left.length, 0);
-    return left;
-  }
-  assert(chunk.length > 0 && chunk.length <= most);
-  return afterExactly(chunk, left, chunk.length, dice);
-}
-
-function afterExactly(chunk: Uint8Array, left: Uint8Array, count: number, dice: Dice): Uint8Array {
-  assertSameBytes(chunk, left.subarray(0, count));
-  dice.keep(chunk);
-  return left.subarray(count);
-}
-
-async function afterLine(
-  read: () => Promise<string | null>,
-  stream: SocketStream,
-  left: Uint8Array,
-): Promise<Uint8Array> {
-  const at = left.indexOf(0x0a);
-  const end = at < 0 ? left.length : at > 0 && left[at - 1] === 0x0d ? at - 1 : at;
-  if (end > MODEL_LIMIT) return await afterOverrun(read(), stream, left, at < 0 ? left.length : at);
-  const text = new TextDecoder("utf-8", { ignoreBOM: true }).decode(left.subarray(0, end));
-  assertEquals(await read(), left.length === 0 ? null : text);
-  return left.subarray(at < 0 ? left.length : at + 1);
-}
-
-/** Checks that the read is refused, and skips what it says can be skipped: not more than `farthest`. */
-async function afterOverrun(
-  read: Promise<unknown>,
-  stream: SocketStream,
-  left: Uint8Array,
-  farthest: number,
-): Promise<Uint8Array> {
-  const error = await rejectionOf(read);
-  assert(error instanceof LimitOverrunError);
-  assertEquals(error.limit, MODEL_LIMIT);
-  assert(error.consumed > 0 && error.consumed <= farthest, `${error.consumed} bytes are said to be skippable`);
-  assertSameBytes(await stream.readExactly(error.consumed), left.subarray(0, error.consumed));
-  return left.subarray(error.consumed);
-}
-
-async function assertIncomplete(read: Promise<unknown>, partial: Uint8Array, expected: number | null): Promise<void> {
-  const error = await rejectionOf(read);
-  assert(error instanceof IncompleteReadError, error.message);
-  assertSameBytes(error.partial, partial);
-  assertEquals(error.expected, expected);
-}
-
-function indexOf(bytes: Uint8Array, part: Uint8Array): number {
-  for (let at = bytes.indexOf(part[0] ?? 0); at >= 0; at = bytes.indexOf(part[0] ?? 0, at + 1)) {
-    if (part.every((byte, index) => bytes[at + index] === byte)) return at;
-  }
-  return -1;
-}
 
 /** A line whose `rest` comes only when the stream waits for it. */
 async function lineBehind(stream: SocketStream, conn: FakeConn, rest: string): Promise<string | null> {

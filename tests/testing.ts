@@ -12,6 +12,17 @@ type Needs = Partial<Record<"net" | "read" | "write" | "run", true>>;
 
 let hasSaidSo = false;
 
+/**
+ * How much of something a test does: `short` of it in `deno task test`, `full` of it under `deno task soak`, which sets
+ * SOCKETSERVER_SOAK to 1; 0.1 is a tenth of all.
+ */
+export function scaled(short: number, full: number): number {
+  const variable = "SOCKETSERVER_SOAK";
+  if (Deno.permissions.querySync({ name: "env", variable }).state !== "granted") return short;
+  const share = Number(Deno.env.get(variable)) || 0;
+  return share === 0 ? short : Math.max(1, Math.round(full * share));
+}
+
 function testNeeding(needs: Needs, name: string, fn: (t: Deno.TestContext) => void | Promise<void>): void {
   const names = Object.keys(needs) as (keyof Needs)[];
   const missing = names.filter((name) => Deno.permissions.querySync({ name }).state !== "granted");

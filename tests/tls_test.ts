@@ -16,18 +16,13 @@ import {
 } from "../mod.ts";
 import { type Certificates, withCertificates } from "./certificates.ts";
 import { Peer, Program } from "./programs.ts";
-import { Echo, programTest, rejectionOf, until } from "./testing.ts";
+import { Echo, programTest, rejectionOf, scaled, until } from "./testing.ts";
 
-/** Stalled, broken and half handshakes of each kind; the soak is 2,500 of each: SOCKETSERVER_SOAK=2500. */
-const STORM = soakSize() ?? 125;
+/** Stalled, broken and half handshakes of each kind. */
+const STORM = scaled(125, 2_500);
 
 /** Long enough for a storm on a slow machine, short enough not to be noticed. */
 const SHORT_HANDSHAKE_MS = 500;
-
-function soakSize(): number | undefined {
-  if (Deno.permissions.querySync({ name: "env", variable: "SOCKETSERVER_SOAK" }).state !== "granted") return undefined;
-  return Number(Deno.env.get("SOCKETSERVER_SOAK")) || undefined;
-}
 
 function tlsTest(name: string, test: (certificates: Certificates) => Promise<void>): void {
   programTest(name, () => withCertificates(test));

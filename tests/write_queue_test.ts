@@ -272,6 +272,35 @@ Deno.test("with highWaterMark Infinity, write() never waits", async () => {
   stream.close();
 });
 
+Deno.test("write() of text counts bytes, not characters, towards highWaterMark", async () => {
+  const conn = new FakeConn().holdWrites();
+  const stream = new SocketStream(conn, { highWaterMark: 10 });
+  stream.send("x");
+  await stream.write("€€€");
+  assert(await isPending(stream.write("€")), "12 bytes are buffered, and 10 are allowed");
+  conn.releaseWrites();
+  await stream.flush();
+  assertEquals(conn.written, bytesOf("x€€€€"));
+  stream.close();
+});
+
+Deno.test("writeFrame() of nothing waits, too, for a peer that reads nothing", async () => {
+  const conn = new FakeConn().holdWrites();
+  const stream = new SocketStream(conn, { highWaterMark: 100 });
+  stream.send("x");
+  let frames = 0;
+  const writing = (async () => {
+    for (; frames < 1_000; frames++) await stream.writeFrame("");
+  })();
+  await turnEnd();
+  assert(frames <= 25, `${frames} frames of 4 bytes wait, and 100 bytes are allowed`);
+  conn.releaseWrites();
+  await writing;
+  await stream.flush();
+  assertEquals(conn.written.length, 1 + 4_000);
+  stream.close();
+});
+
 Deno.test("bytes that were sent make room again below highWaterMark", async () => {
   const conn = new FakeConn();
   const stream = new SocketStream(conn, { highWaterMark: 32_768 });

@@ -1,0 +1,67 @@
+/**
+ * A server that the tests of faults run in a process of its own: its first
+ * argument has the options. Its handler does what the first line of a client asks
+ * for. Answers "stats" and "restart" on the standard input with a line each.
+ *
+ * @module
+ */
+
+import { LimitOverrunError, type ServerOptions, StreamRequestHandler, TcpServer } from "../mod.ts";
+
+const GIGABYTE = 1_000_000_000;
+
+class Obedient extends StreamRequestHandler {
+  override async handle() {
+    switch (await this.request.readLine()) {
+      case "echo":
+        for await (const data of this.request) await this.request.send(data);
+        break;
+      case "gigabyte": {
+        const part = new Uint8Array(65_536);
+        for (let sent = 0; sent < GIGABYTE; sent += part.length) await this.request.send(part);
+        break;
+      }
+      case "line":
+        await this.#countLine();
+        break;
+    }
+  }
+
+  /** Tells how long the next line is, and how often it was over the limit. */
+  async #countLine(): Promise<void> {
+    let [bytes, overruns] = [0, 0];
+    for (;;) {
+      try {
+        bytes += (await this.request.readLine() ?? "").length;
+        break;
+      } catch (error) {
+        if (!(error instanceof LimitOverrunError)) throw error;
+        bytes += (await this.request.readExactly(error.consumed)).length;
+        overruns++;
+      }
+    }
+    await this.request.send(`${bytes} bytes, ${overruns > 0 ? "over the limit" : "within the limit"}\n`);
+  }
+}
+
+const options: ServerOptions = JSON.parse(Deno.args[0] ?? "{}");
+
+function start(port: number): { server: TcpServer; port: number; over: Promise<void> } {
+  const server = new TcpServer({ hostname: "127.0.0.1", port }, Obedient, options);
+  const { port: bound } = server.listen();
+  return { server, port: bound, over: server.serveForever() };
+}
+
+let running = start(0);
+console.log(`listens on 127.0.0.1:${running.port}`);
+let answered = 0;
+for await (const command of Deno.stdin.readable.pipeThrough(new TextDecoderStream())) {
+  if (command.startsWith("restart")) {
+    await running.server.shutdown();
+    await running.over;
+    running = start(running.port);
+  }
+  console.log(JSON.stringify({ answer: ++answered, ...running.server.stats }));
+}
+running.server.close();
+await running.over;
