@@ -304,7 +304,9 @@ export interface StreamOptions {
   idleTimeout?: number;
   /**
    * Milliseconds after which the stream is closed, however busy it is; above 0,
-   * `Infinity` for never. What waits then rejects with `Deno.errors.TimedOut`.
+   * `Infinity` for never. What waits then rejects with `Deno.errors.TimedOut`. Of a
+   * server's connection it counts from the accept, a TLS handshake included, and
+   * {@linkcode ServerStats.timedOut} counts it once its handler is done.
    *
    * @default {Infinity}
    */
