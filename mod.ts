@@ -702,7 +702,7 @@ function explain(error: unknown, address: Deno.Addr): string {
 /** The longest wait that a timer can be set to: 2^31 - 1 ms, some 25 days. */
 const MAX_TIMER_MS = 2_147_483_647;
 
-/** Looks at a deadline in its time: it passes late by two parts of so many at most, and never early. */
+/** How often a deadline is looked at in its time. It is late by two of these parts at most, or by two of the least times between two looks. */
 const LOOKS_PER_DEADLINE = 32;
 
 /** The least time between two looks. */
@@ -787,6 +787,25 @@ function delay(ms: number, signal?: AbortSignal): Promise<void> {
   });
 }
 
+/** Since when a count stands still, as far as looks can tell: never earlier than it does. */
+class Standstill {
+  #seenAt = UNSEEN;
+  #count = 0;
+
+  /** For how many milliseconds `count` was seen unchanged; 0 if it `mayRest`. */
+  lasts(now: number, count: number, mayRest = false): number {
+    if (this.#seenAt === UNSEEN || count !== this.#count) this.#seenAt = now;
+    this.#count = count;
+    if (mayRest) this.forget();
+    return mayRest ? 0 : now - this.#seenAt;
+  }
+
+  /** Time counts from the next look on. */
+  forget(): void {
+    this.#seenAt = UNSEEN;
+  }
+}
+
 // --- Read buffer ------------------------------------------------------------
 
 /** What an idle connection costs: 10,000 of them hold 5 MB of buffers. */
@@ -814,7 +833,7 @@ const MIN_ROOM_BYTES = 64;
  * Lines are decoded together, up to so many bytes: for each by itself the decoder's call would cost four times the
  * rest. V8 lets a line that is kept keep the text that it is cut from.
  */
-const TEXT_BYTES = 4_096;
+const TEXT_BYTES = 1_024;
 
 const NO_BYTES: Uint8Array<ArrayBuffer> = new Uint8Array(0);
 
@@ -843,6 +862,7 @@ class ReadBuffer {
 
   /** Where the next bytes go; valid until {@linkcode ReadBuffer.commit}, and never empty. */
   room(): Uint8Array<ArrayBuffer> {
+    this.#text = "";
     this.#textEnd = 0; // Bytes may move.
     if (this.length === 0) this.#makeRoomWhenEmpty();
     else if (this.#end === this.#bytes.length) this.#makeRoomBehind();
@@ -875,7 +895,8 @@ class ReadBuffer {
 
   #replace(size: number): void {
     const bytes = new Uint8Array(size);
-    bytes.set(this.#bytes.subarray(this.#start, this.#end));
+    // A handler may have transferred the buffer of a chunk to a worker; then there is none to copy from.
+    if (this.length > 0) bytes.set(this.#bytes.subarray(this.#start, this.#end));
     this.#end -= this.#start;
     this.#start = this.#ours = 0;
     this.#bytes = bytes;
@@ -1087,8 +1108,8 @@ class WriteQueue {
   readonly #jobs: WriteJob[] = [];
   #offset = 0;
   /** What `send()` writes without a job, as nothing was before it. */
-  #sent: Uint8Array = NO_BYTES;
-  #sending: Promise<void> | undefined;
+  #directBytes: Uint8Array = NO_BYTES;
+  #directSend: Promise<void> | undefined;
   #block: Uint8Array<ArrayBuffer> | undefined;
   #blockLength = 0;
   /** Text that was written after what the block holds. */
@@ -1146,8 +1167,8 @@ class WriteQueue {
     const bytes = typeof data === "string" ? encoder.encode(data) : data;
     if (!this.idle || bytes.length === 0) return this.#enqueue({ bytes });
     this.#busy = true;
-    this.#sent = bytes;
-    return this.#sending = this.#conn.write(bytes).then(this.#onSent, this.#onSendFailed);
+    this.#directBytes = bytes;
+    return this.#directSend = this.#writeNow(bytes).then(this.#onSent, this.#onSendFailed);
   }
 
   flush(): Promise<void> {
@@ -1194,7 +1215,8 @@ class WriteQueue {
     this.#blockLength = 0;
     this.#text = "";
     this.#busy = false;
-    if (this.#sending !== undefined) forgettable(this.#sending);
+    this.#directBytes = NO_BYTES;
+    if (this.#directSend !== undefined) forgettable(this.#directSend);
     for (const { settled } of this.#jobs.splice(0)) {
       if (settled === undefined) continue;
       forgettable(settled.promise);
@@ -1319,8 +1341,8 @@ class WriteQueue {
   /** All of it, nearly always: then there was no job, and the caller's promise is the one that brought the count. */
   readonly #onSent = (count: number): Promise<void> | void => {
     if (this.#failed) throw this.#failure; // fail() was here first.
-    const bytes = this.#sent;
-    this.#sent = NO_BYTES;
+    const bytes = this.#directBytes;
+    this.#directBytes = NO_BYTES;
     this.bytesWritten += count;
     if (count < bytes.length) {
       const settled = Promise.withResolvers<void>();
@@ -1338,7 +1360,15 @@ class WriteQueue {
   };
 
   #write(bytes: Uint8Array): void {
-    this.#conn.write(bytes).then((count) => this.#noteWritten(count), (error) => this.#failWriting(error));
+    this.#writeNow(bytes).then((count) => this.#noteWritten(count), (error) => this.#failWriting(error));
+  }
+
+  #writeNow(bytes: Uint8Array): Promise<number> {
+    try {
+      return this.#conn.write(bytes);
+    } catch (error) {
+      return Promise.reject(error); // A connection of the caller's own has thrown.
+    }
   }
 
   #noteWritten(count: number): void {
@@ -1432,8 +1462,8 @@ class Turnstile<Taker> {
 
   /** Whether `taker` may read at once; otherwise it is told when it is its turn. */
   admits(taker: Taker): boolean {
-    const isFair = this.#streams < RUNTIME_BUDGET;
-    if (isFair || (this.#completed < RUNTIME_BUDGET && this.#waiting.length === 0)) return true;
+    const isSmallCrowd = this.#streams < RUNTIME_BUDGET;
+    if (isSmallCrowd || (this.#completed < RUNTIME_BUDGET && this.#waiting.length === 0)) return true;
     this.#waiting.push(taker);
     if (!this.#isWatched) this.#moveOn();
     return false;
@@ -1528,7 +1558,9 @@ class Reader<T> implements Waiting, Search {
 
   take(): T | typeof MORE {
     this.searched = 0;
-    return this.#take(this);
+    const answer = this.#take(this);
+    if (answer !== MORE) this.into = NO_BYTES;
+    return answer;
   }
 
   wait(timeout: number): Promise<T> {
@@ -1544,12 +1576,21 @@ class Reader<T> implements Waiting, Search {
     const answer = this.#take(this);
     if (answer === MORE) return false;
     this.#resolve(answer);
+    this.#forget();
     return true;
   }
 
   reject(error: unknown): void {
     if (this.#answer !== undefined) forgettable(this.#answer);
     this.#reject(error);
+    this.#forget();
+  }
+
+  /** What was read may be large, and is the caller's alone. */
+  #forget(): void {
+    this.into = NO_BYTES;
+    this.#answer = undefined;
+    this.#resolve = this.#reject = ignore;
   }
 }
 
@@ -1668,12 +1709,8 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   #bytesRead = 0;
   /** Whether a read or write that begins has a deadline that nobody looks at often enough yet. */
   #needsWatch: boolean;
-  /** When a look first found that no byte had moved in either direction; and the bytes that had. */
-  #restSeenAt = UNSEEN;
-  #movedBefore = 0;
-  /** When a look first found that the peer had taken no byte of what waits to be sent; and the bytes that it had. */
-  #writeSeenAt = UNSEEN;
-  #writtenBefore = 0;
+  readonly #rest = new Standstill();
+  readonly #stalledWrite = new Standstill();
   #readable: ReadableStream<Uint8Array<ArrayBuffer>> | undefined;
   #writable: WritableStream<Uint8Array> | undefined;
 
@@ -1733,14 +1770,14 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     return this.#conn instanceof TlsConn ? this.#conn.session : undefined;
   }
 
-  /** Milliseconds that one read or write may wait; above 0, `Infinity` for ever. A change counts from the next call on. */
+  /** Milliseconds that one read or write may wait; above 0, `Infinity` for ever. A change counts from the next call on, and for a write that is under way from now on. */
   get timeout(): number {
     return this.#timeout;
   }
   set timeout(ms: number) {
     checkNumber("timeout", ms);
     this.#timeout = ms;
-    this.#writeSeenAt = UNSEEN;
+    this.#stalledWrite.forget();
     this.#needsWatch = true;
     if (!this.#output.idle) this.#watchFor(ms);
   }
@@ -1878,7 +1915,8 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * Reads a line of UTF-8 text.
    *
    * @returns Resolves to the line without its `"\n"` or `"\r\n"`, and to `null` at
-   * the end of the stream. A last line that has no end is a line.
+   * the end of the stream. A last line that has no end is a line. One that is kept
+   * may keep up to 1 KiB of what came with it.
    * @throws {LimitOverrunError} If the line is longer than `limit` bytes.
    * @throws {Deno.errors.Busy} If another read waits.
    * @throws {Deno.errors.TimedOut} If nothing came within `timeout`.
@@ -1964,6 +2002,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * Buffers `data` to be sent. It leaves by itself: when the handler waits for
    * input, or else at the end of this turn of the event loop. Many small writes
    * become few large ones. Leave the bytes alone until the promise settles.
+   *
+   * Text is put together before it is encoded, so a character that two writes have
+   * cut in two arrives whole, if they leave together.
    *
    * A failure shows at the next call; a promise that nobody awaits does no harm,
    * but then nothing holds a writer back that is faster than its peer.
@@ -2335,9 +2376,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   #readNow(): void {
     // A read with a deadline may leave before its bytes come, which then must
     // not land in an array that its caller uses for something else.
-    if (this.#timeout === Infinity && this.#reader !== undefined) this.#direct = this.#reader.into;
-    const room = this.#direct.length > 0 ? this.#direct : this.#input.room();
+    if (this.#reader?.timeout === Infinity) this.#direct = this.#reader.into;
     try {
+      const room = this.#direct.length > 0 ? this.#direct : this.#input.room();
       this.#conn.read(room).then(this.#onRead, this.#onReadFailure);
     } catch (error) {
       this.#onReadFailure(error); // A connection of the caller's own that throws must not hold up the queue.
@@ -2363,6 +2404,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     turnstile.noteRead();
     this.#bytesRead += count;
     const direct = this.#direct;
+    this.#direct = NO_BYTES;
     if (direct.length === 0) this.#input.commit(count);
     else if (this.#reader?.into === direct) this.#directCount = count;
     else this.#input.append(direct.subarray(0, count)); // Its reader is gone.
@@ -2383,7 +2425,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     else this.#fill();
   }
 
-  /** Why reading cannot go on. An error costs as much as a message to make, and few ask why they were closed. */
+  /** Why reading cannot go on. An error costs as much as a message to make, so it is made when somebody asks why the stream was closed. */
   get #failure(): unknown {
     return this.#readFailure ??= noteOrigin(new Deno.errors.BadResource("The stream is closed"), this);
   }
@@ -2439,10 +2481,6 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     throw new IncompleteReadError(this.#input.take(length), null);
   }
 
-  #takeLine(search: Search): string | null | typeof MORE {
-    return this.#takeDecodedLine() ?? this.#findLine(search);
-  }
-
   #takeDecodedLine(): string | undefined {
     if (this.#closed) return undefined;
     const line = this.#input.takeDecodedLine(this.#limit);
@@ -2450,7 +2488,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     return line;
   }
 
-  #findLine(search: Search): string | null | typeof MORE {
+  #takeLine(search: Search): string | null | typeof MORE {
     const at = this.#find(LINE_FEED, search);
     if (at >= 0) {
       this.#input.decodeLines(at);
@@ -2563,18 +2601,13 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   #endLateRest(now: number): void {
-    const moved = this.#bytesRead + this.bytesWritten;
-    if (this.#restSeenAt === UNSEEN || moved !== this.#movedBefore) this.#restSeenAt = now;
-    this.#movedBefore = moved;
-    if (now - this.#restSeenAt < this.#idleTimeout) return;
+    if (this.#rest.lasts(now, this.#bytesRead + this.bytesWritten) < this.#idleTimeout) return;
     this.#cut(new Deno.errors.TimedOut(`No byte came or went for the idleTimeout of ${this.#idleTimeout} ms`));
   }
 
   #endLateWrite(now: number): void {
-    const { idle, bytesWritten } = this.#output;
-    if (this.#writeSeenAt === UNSEEN || idle || bytesWritten !== this.#writtenBefore) this.#writeSeenAt = now;
-    this.#writtenBefore = bytesWritten;
-    if (now - this.#writeSeenAt < this.#timeout) return;
+    const { bytesWritten, idle } = this.#output;
+    if (this.#stalledWrite.lasts(now, bytesWritten, idle) < this.#timeout) return;
     const message = `The peer took no byte for the timeout of ${this.#timeout} ms, so the stream was closed`;
     this.#cut(new Deno.errors.TimedOut(message));
   }

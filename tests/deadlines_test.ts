@@ -276,6 +276,23 @@ Deno.test("a write goes on as long as the peer takes something within the timeou
   });
 });
 
+Deno.test("a write that begins after a rest has its whole timeout", async () => {
+  await withClock(async (clock) => {
+    const conn = new FakeConn();
+    const stream = new SocketStream(conn, { timeout: 1_000, idleTimeout: 64_000 });
+    await stream.send("abc");
+    await clock.advance(5_000);
+    await deadlinesWereLookedAt(clock);
+    conn.holdWrites();
+    const sent = stream.send("def");
+    await clock.advance(900);
+    await deadlinesWereLookedAt(clock);
+    assert(!conn.isClosed);
+    await clock.advance(200);
+    await assertRejects(() => sent, Deno.errors.TimedOut);
+  });
+});
+
 Deno.test("a timeout that is set while a write waits is counted from then on", async () => {
   await withClock(async (clock) => {
     await clock.advance(1_000_000);

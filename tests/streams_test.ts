@@ -419,6 +419,18 @@ const reads: Record<string, (stream: SocketStream) => Promise<unknown>> = {
   "for await": (stream) => stream[Symbol.asyncIterator]().next(),
 };
 
+Deno.test("a chunk whose buffer was transferred takes nothing from what comes later", async () => {
+  const conn = new FakeConn();
+  const stream = new SocketStream(conn);
+  for (const text of ["hello", "again", "and again"]) {
+    conn.give(text);
+    const chunk = await stream.recv();
+    assertEquals(textOf(chunk), text);
+    structuredClone(chunk, { transfer: [chunk?.buffer ?? new ArrayBuffer()] });
+  }
+  stream.close();
+});
+
 Deno.test("a recv() that is refused does not change how much the one that waits may take", async () => {
   const conn = new FakeConn();
   const stream = new SocketStream(conn);
