@@ -74,6 +74,8 @@ programTest(`a storm of ${RESETS_OF_EACH * 3} resets: before accept, in read, in
   await client[Symbol.asyncDispose]();
   const total = 3 * (RESETS_OF_EACH + 50) + 1;
   await siege.until("all of them", ({ accepted, lost }) => accepted + lost === total);
+  const { aborted, lost } = await siege.stats();
+  assert(aborted >= 2 * (RESETS_OF_EACH + 50) && lost > 0, `${aborted} in read and write, ${lost} before accept`);
   await siege.assertAsBefore(before);
 });
 
