@@ -130,7 +130,7 @@ class Recorder {
     if (this.quirk === "service_actions throws") throw new TypeError("service_actions fails");
   }
 
-  async closeRequest(request: object, close: () => Promise<void>): Promise<void> {
+  async closeRequest(request: object, close: () => Promise<void> | undefined): Promise<void> {
     this.tell("shutdown_request", request);
     await close();
     this.tell("close_request", request);

@@ -419,6 +419,28 @@ const reads: Record<string, (stream: SocketStream) => Promise<unknown>> = {
   "for await": (stream) => stream[Symbol.asyncIterator]().next(),
 };
 
+Deno.test("a recv() that is refused does not change how much the one that waits may take", async () => {
+  const conn = new FakeConn();
+  const stream = new SocketStream(conn);
+  const waiting = stream.recv(2);
+  await assertRejects(() => stream.recv(1), Deno.errors.Busy);
+  conn.give("abc");
+  assertEquals(textOf(await waiting), "ab");
+  stream.close();
+});
+
+Deno.test("a read(into) that is refused does not get the bytes of the one that waits", async () => {
+  const conn = new FakeConn();
+  const stream = new SocketStream(conn);
+  const [ours, other] = [new Uint8Array(4), new Uint8Array(4)];
+  const waiting = stream.read(ours);
+  await assertRejects(() => stream.read(other), Deno.errors.Busy);
+  conn.give("abc");
+  assertEquals(await waiting, 3);
+  assertEquals([textOf(ours.subarray(0, 3)), other[0]], ["abc", 0]);
+  stream.close();
+});
+
 for (const [waiting, first] of Object.entries(reads)) {
   Deno.test(`a read while ${waiting} waits rejects, naming both, and does not disturb the first`, async () => {
     const conn = new FakeConn();
