@@ -415,6 +415,37 @@ Deno.test("maxLifetime is Infinity by default, and may be longer than any timer"
   }
 });
 
+/** How streams come to have a short timeout beside a longer time that is watched for already. */
+const SHORT_BESIDE_LONG: [string, () => Promise<SocketStream> | SocketStream][] = [
+  ["beside a long idleTimeout", () => new SocketStream(new FakeConn(), { timeout: SHORT_MS, idleTimeout: LONG_MS })],
+  ["beside a long idleTimeout that was looked at", async () => {
+    const stream = new SocketStream(new FakeConn(), { timeout: SHORT_MS, idleTimeout: LONG_MS });
+    await deadlinesWereLookedAt();
+    return stream;
+  }],
+  ["that was longer while an earlier read waited", async () => {
+    const conn = new FakeConn();
+    const stream = new SocketStream(conn, { timeout: LONG_MS });
+    const earlier = stream.recv();
+    stream.timeout = SHORT_MS;
+    await deadlinesWereLookedAt();
+    conn.give("x");
+    await earlier;
+    return stream;
+  }],
+];
+
+for (const [how, make] of SHORT_BESIDE_LONG) {
+  Deno.test(`a short timeout ${how} is kept in its own time`, async () => {
+    const stream = await make();
+    const begun = performance.now();
+    await assertRejects(() => stream.recv(), Deno.errors.TimedOut);
+    const late = performance.now() - begun - SHORT_MS;
+    stream.close();
+    assert(late < 5_000, `it was ${late} ms late`);
+  });
+}
+
 networkTest("over TCP, a read that times out loses no byte", async () => {
   await overTcp(async (ours, theirs) => {
     ours.timeout = SHORT_MS;

@@ -55,13 +55,15 @@ function start(port: number): { server: TcpServer; port: number; over: Promise<v
 let running = start(0);
 console.log(`listens on 127.0.0.1:${running.port}`);
 let answered = 0;
-for await (const command of Deno.stdin.readable.pipeThrough(new TextDecoderStream())) {
-  if (command.startsWith("restart")) {
-    await running.server.shutdown();
-    await running.over;
-    running = start(running.port);
+for await (const commands of Deno.stdin.readable.pipeThrough(new TextDecoderStream())) {
+  for (const command of commands.trim().split("\n")) {
+    if (command === "restart") {
+      await running.server.shutdown();
+      await running.over;
+      running = start(running.port);
+    }
+    console.log(JSON.stringify({ answer: ++answered, ...running.server.stats }));
   }
-  console.log(JSON.stringify({ answer: ++answered, ...running.server.stats }));
 }
 running.server.close();
 await running.over;

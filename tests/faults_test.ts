@@ -4,118 +4,16 @@
  */
 
 import { assert, assertEquals, assertMatch } from "../deps.ts";
-import { connect, type ServerOptions, type ServerStats, type SocketStream } from "../mod.ts";
-import { bytesOf, textOf } from "./fake_conn.ts";
-import { Program, startPython } from "./programs.ts";
+import { connect, type SocketStream } from "../mod.ts";
+import { MEMORY_SLACK, ping, Siege } from "./siege.ts";
 import { programTest, scaled } from "./testing.ts";
 
 const RESETS_OF_EACH = scaled(100, 3_400);
 const DRIPPING = scaled(200, 5_000);
 const DEAF = scaled(20, 100);
 
-/** What memory may grow by, in bytes: far less than what a leak of one of these storms would take. */
-const MEMORY_SLACK = 100e6;
-
-/** What a process holds. */
-interface Holdings {
-  descriptors: number;
-  residentBytes: number;
-  cpuSeconds: number;
-}
-
-const HOLDINGS =
-  `ls /proc/$0/fd | wc -l; grep VmRSS /proc/$0/status; cut -d ' ' -f 14,15 /proc/$0/stat; getconf CLK_TCK`;
-
-/** The server of fault_server.ts, and the peers of python/peers.py. */
-class Siege implements AsyncDisposable {
-  readonly server: Program;
-  #peers: Program | undefined;
-  #port: number | undefined;
-  #answers = 0;
-  #orders = 0;
-
-  constructor(options: ServerOptions, descriptors?: number) {
-    const script = new URL("fault_server.ts", import.meta.url).pathname;
-    const limit = descriptors === undefined ? "" : `ulimit -n ${descriptors}; `;
-    const run = `${limit}exec "$0" run --no-config --no-prompt --allow-net=127.0.0.1 "$1" "$2"`;
-    this.server = Program.start("sh", ["-c", run, Deno.execPath(), script, JSON.stringify(options)]);
-  }
-
-  async port(): Promise<number> {
-    return this.#port ??= Number((await this.server.printed(/127\.0\.0\.1:(\d+)\n/))[1]);
-  }
-
-  /** Lets the peers do something; resolves to what they say when it is done. */
-  async order(what: string, count: number): Promise<string> {
-    this.#peers ??= startPython("peers.py", [String(await this.port())]);
-    await this.#peers.write(`${what} ${count}\n`);
-    const answers = new RegExp(`^(?:done .*\\n){${this.#orders++}}done (.*)\\n`);
-    return (await this.#peers.printed(answers))[1] ?? "";
-  }
-
-  async stats(): Promise<ServerStats> {
-    await this.server.write("stats\n");
-    const [line] = await this.server.printed(new RegExp(`\\{"answer":${++this.#answers},.*\\}\n`));
-    return JSON.parse(line);
-  }
-
-  /** Asks for the stats until `condition` holds; resolves to how many looks that took. */
-  async until(what: string, condition: (stats: ServerStats) => boolean, seconds = 30): Promise<void> {
-    const deadline = performance.now() + seconds * 1_000;
-    let stats = await this.stats();
-    while (!condition(stats)) {
-      assert(performance.now() < deadline, `waited in vain for ${what}: ${Deno.inspect(stats)}`);
-      await new Promise((resolve) => setTimeout(resolve, 20));
-      stats = await this.stats();
-    }
-  }
-
-  /** What the server holds. Another process has to look, as reading /proc takes all permissions. */
-  holdings(): Holdings {
-    const look = new Deno.Command("sh", { args: ["-c", HOLDINGS, String(this.server.pid)] }).outputSync();
-    const text = new TextDecoder().decode(look.stdout);
-    const [, descriptors, kilobytes, user, system, ticks] = /^(\d+)\n\D*(\d+) kB\n(\d+) (\d+)\n(\d+)\n$/.exec(text) ??
-      [];
-    return {
-      descriptors: Number(descriptors),
-      residentBytes: Number(kilobytes) * 1_024,
-      cpuSeconds: (Number(user) + Number(system)) / Number(ticks),
-    };
-  }
-
-  /** A client that means well. */
-  async dial(): Promise<SocketStream> {
-    const client = await connect({ port: await this.port(), timeout: 20_000 });
-    await client.send("echo\n");
-    return client;
-  }
-
-  async assertServes(): Promise<void> {
-    await using client = await this.dial();
-    await ping(client, "still there");
-  }
-
-  /** Nothing is left of those who attacked. */
-  async assertAsBefore(before: Holdings): Promise<void> {
-    await this.until("the clients to be gone", ({ active }) => active === 0);
-    const { descriptors, residentBytes } = this.holdings();
-    assertEquals(descriptors, before.descriptors);
-    const grown = residentBytes - before.residentBytes;
-    assert(grown < MEMORY_SLACK, `the server has grown by ${grown} bytes`);
-    assertEquals((await this.stats()).errors, 0);
-    assertEquals(this.server.stderr, "");
-  }
-
-  async [Symbol.asyncDispose](): Promise<void> {
-    await this.#peers?.[Symbol.asyncDispose]();
-    await this.server[Symbol.asyncDispose]();
-  }
-}
-
-async function ping(client: SocketStream, text: string): Promise<void> {
-  await client.send(text);
-  assertEquals(textOf(await client.readExactly(bytesOf(text).length)), text);
-}
+/** More than what a connection takes while it is open. */
+const CONNECTION_BYTES = 50_000;
 
 /** Pings until `over` settles; resolves to the number of pings. */
 async function pingUntil(client: SocketStream, over: Promise<unknown>): Promise<number> {
@@ -176,6 +74,8 @@ programTest(`a storm of ${RESETS_OF_EACH * 3} resets: before accept, in read, in
   await client[Symbol.asyncDispose]();
   const total = 3 * (RESETS_OF_EACH + 50) + 1;
   await siege.until("all of them", ({ accepted, lost }) => accepted + lost === total);
+  const { aborted, lost } = await siege.stats();
+  assert(aborted >= 2 * (RESETS_OF_EACH + 50) && lost > 0, `${aborted} in read and write, ${lost} before accept`);
   await siege.assertAsBefore(before);
 });
 
@@ -197,7 +97,9 @@ programTest(
     assertEquals((await siege.stats()).timedOut, DRIPPING);
     assertEquals((await siege.stats()).active, 1);
     await client[Symbol.asyncDispose]();
-    await siege.assertAsBefore({ ...before, descriptors: before.descriptors - 1 });
+    // The runtime keeps for a while what so many connections took at once.
+    const slack = MEMORY_SLACK + DRIPPING * CONNECTION_BYTES;
+    await siege.assertAsBefore({ ...before, descriptors: before.descriptors - 1 }, slack);
   },
 );
 

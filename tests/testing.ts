@@ -13,14 +13,16 @@ type Needs = Partial<Record<"net" | "read" | "write" | "run", true>>;
 let hasSaidSo = false;
 
 /**
- * How much of something a test does: `short` of it in `deno task test`, `full` of it under `deno task soak`, which sets
- * SOCKETSERVER_SOAK to 1; 0.1 is a tenth of all.
+ * How much of something a test does: `short` of it in `deno task test`, `full` of it under `deno task soak`, and a tenth
+ * of that under `SOCKETSERVER_SOAK=0.1 deno task soak`. The task hands the variable on, empty where nobody has set it.
  */
 export function scaled(short: number, full: number): number {
   const variable = "SOCKETSERVER_SOAK";
   if (Deno.permissions.querySync({ name: "env", variable }).state !== "granted") return short;
-  const share = Number(Deno.env.get(variable)) || 0;
-  return share === 0 ? short : Math.max(1, Math.round(full * share));
+  const share = Deno.env.get(variable);
+  if (share === undefined) return short;
+  if (!(Number(share || 1) > 0)) throw new RangeError(`${variable} must be a number above 0: it is ${share}`);
+  return Math.max(1, Math.round(full * Number(share || 1)));
 }
 
 function testNeeding(needs: Needs, name: string, fn: (t: Deno.TestContext) => void | Promise<void>): void {

@@ -1,0 +1,121 @@
+/**
+ * A server in a process of its own, and clients that mean it no good.
+ *
+ * @module
+ */
+
+import { assert, assertEquals } from "../deps.ts";
+import { connect, type ServerOptions, type ServerStats, type SocketStream } from "../mod.ts";
+import { bytesOf, textOf } from "./fake_conn.ts";
+import { Program, startPython } from "./programs.ts";
+
+/** What memory may grow by, in bytes: far less than what a leak of one of these storms would take. */
+export const MEMORY_SLACK = 100e6;
+
+/** What a process holds. */
+export interface Holdings {
+  descriptors: number;
+  residentBytes: number;
+  cpuSeconds: number;
+}
+
+const HOLDINGS =
+  `ls /proc/$0/fd | wc -l; grep VmRSS /proc/$0/status; cut -d ' ' -f 14,15 /proc/$0/stat; getconf CLK_TCK`;
+
+/** The server of fault_server.ts, and the peers of python/peers.py. */
+export class Siege implements AsyncDisposable {
+  readonly server: Program;
+  #peers: Program | undefined;
+  #port: number | undefined;
+  #answers = 0;
+  #orders = 0;
+
+  constructor(options: ServerOptions, descriptors?: number) {
+    const script = new URL("fault_server.ts", import.meta.url).pathname;
+    const limit = descriptors === undefined ? "" : `ulimit -n ${descriptors}; `;
+    const run = `${limit}exec "$0" run --no-config --no-prompt --allow-net=127.0.0.1 "$1" "$2"`;
+    this.server = Program.start("sh", ["-c", run, Deno.execPath(), script, JSON.stringify(options)]);
+  }
+
+  async port(): Promise<number> {
+    return this.#port ??= Number((await this.server.printed(/127\.0\.0\.1:(\d+)\n/))[1]);
+  }
+
+  /** Lets the peers do something; resolves to what they say when it is done. */
+  async order(what: string, count: number): Promise<string> {
+    this.#peers ??= startPython("peers.py", [String(await this.port())]);
+    await this.#peers.write(`${what} ${count}\n`);
+    const answers = new RegExp(`^(?:done .*\\n){${this.#orders++}}done (.*)\\n`);
+    return (await this.#peers.printed(answers))[1] ?? "";
+  }
+
+  async stats(): Promise<ServerStats> {
+    await this.server.write("stats\n");
+    const [line] = await this.server.printed(new RegExp(`\\{"answer":${++this.#answers},.*\\}\n`));
+    return JSON.parse(line);
+  }
+
+  /** Lets the server shut down and a new one take over its port, in the same process. */
+  async restart(): Promise<void> {
+    await this.server.write("restart\n");
+    await this.server.printed(new RegExp(`\\{"answer":${++this.#answers},`));
+  }
+
+  /** Asks for the stats until `condition` holds; resolves to how many looks that took. */
+  async until(what: string, condition: (stats: ServerStats) => boolean, seconds = 30): Promise<void> {
+    const deadline = performance.now() + seconds * 1_000;
+    let stats = await this.stats();
+    while (!condition(stats)) {
+      assert(performance.now() < deadline, `waited in vain for ${what}: ${Deno.inspect(stats)}`);
+      await new Promise((resolve) => setTimeout(resolve, 20));
+      stats = await this.stats();
+    }
+  }
+
+  /** What the server holds. Another process has to look, as reading /proc takes all permissions. */
+  holdings(): Holdings {
+    const look = new Deno.Command("sh", { args: ["-c", HOLDINGS, String(this.server.pid)] }).outputSync();
+    const text = new TextDecoder().decode(look.stdout);
+    const [, descriptors, kilobytes, user, system, ticks] = /^(\d+)\n\D*(\d+) kB\n(\d+) (\d+)\n(\d+)\n$/.exec(text) ??
+      [];
+    return {
+      descriptors: Number(descriptors),
+      residentBytes: Number(kilobytes) * 1_024,
+      cpuSeconds: (Number(user) + Number(system)) / Number(ticks),
+    };
+  }
+
+  /** A client that means well. */
+  async dial(): Promise<SocketStream> {
+    const client = await connect({ port: await this.port(), timeout: 20_000 });
+    await client.send("echo\n");
+    return client;
+  }
+
+  async assertServes(): Promise<void> {
+    await using client = await this.dial();
+    await ping(client, "still there");
+  }
+
+  /** Nothing is left of those who attacked, but for `slack` bytes. */
+  async assertAsBefore(before: Holdings, slack = MEMORY_SLACK): Promise<void> {
+    await this.until("the clients to be gone", ({ active }) => active === 0);
+    const { descriptors, residentBytes } = this.holdings();
+    assertEquals(descriptors, before.descriptors);
+    const grown = residentBytes - before.residentBytes;
+    assert(grown < slack, `the server has grown by ${grown} bytes`);
+    assertEquals((await this.stats()).errors, 0);
+    assertEquals(this.server.stderr, "");
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.#peers?.[Symbol.asyncDispose]();
+    await this.server[Symbol.asyncDispose]();
+  }
+}
+
+/** Says something, and hears it back. */
+export async function ping(client: SocketStream, text: string): Promise<void> {
+  await client.send(text);
+  assertEquals(textOf(await client.readExactly(bytesOf(text).length)), text);
+}
