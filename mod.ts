@@ -514,7 +514,6 @@ const NUMBER_RULES: Record<string, "above 0" | "0 or more" | "whole, 1 or more" 
 
 /** Fills `options` up with `defaults`; throws for a name that is misspelt and for a number out of its range. */
 function resolveOptions<T extends object>(defaults: T, options: Partial<T>): T {
-  if (isResolved(defaults, options)) return options;
   const given = Object.entries(options).filter(([, value]) => value !== undefined);
   for (const [name, value] of given) {
     if (!Object.hasOwn(defaults, name)) {
@@ -522,16 +521,21 @@ function resolveOptions<T extends object>(defaults: T, options: Partial<T>): T {
     }
     if (Object.hasOwn(NUMBER_RULES, name)) checkNumber(name, value);
   }
-  const resolved = { ...defaults, ...Object.fromEntries(given) };
-  resolvedFrom.set(resolved, defaults);
+  return { ...defaults, ...Object.fromEntries(given) };
+}
+
+/** What {@linkcode resolveStreamOptions} has returned: a server gives the same options to each of its streams. */
+const resolvedStreamOptions = new WeakSet<StreamOptions>();
+
+function resolveStreamOptions(options: StreamOptions): Required<StreamOptions> {
+  if (isResolved(options)) return options;
+  const resolved = resolveOptions(STREAM_DEFAULTS, options);
+  resolvedStreamOptions.add(resolved);
   return resolved;
 }
 
-/** The defaults that options were resolved with: a server gives the same ones to each of its streams. */
-const resolvedFrom = new WeakMap<object, object>();
-
-function isResolved<T extends object>(defaults: T, options: Partial<T>): options is T {
-  return resolvedFrom.get(options) === defaults;
+function isResolved(options: StreamOptions): options is Required<StreamOptions> {
+  return resolvedStreamOptions.has(options);
 }
 
 function checkNumber(name: string, value: unknown): void {
@@ -1065,6 +1069,10 @@ const MAX_UTF8_BYTES = 3;
 
 const DONE: Promise<void> = Promise.resolve();
 
+function bytesOf(data: Uint8Array | string): Uint8Array {
+  return typeof data === "string" ? encoder.encode(data) : data;
+}
+
 /** Plain JavaScript has no types: what is neither would be sent as something else, or as nothing. */
 function isData(data: unknown): data is Uint8Array | string {
   return typeof data === "string" || data instanceof Uint8Array;
@@ -1141,7 +1149,7 @@ class WriteQueue {
   write(data: Uint8Array | string): Promise<void> {
     if (this.#refuses) return this.#refuse("write()");
     if (typeof data === "string" && data.length <= TEXT_CHARACTERS) return this.#writeText(data);
-    return this.#writeBytes(typeof data === "string" ? encoder.encode(data) : data);
+    return this.#writeBytes(bytesOf(data));
   }
 
   #writeText(text: string): Promise<void> {
@@ -1164,7 +1172,7 @@ class WriteQueue {
   /** Sends `data` after all that came before; resolves once the kernel has it. */
   send(data: Uint8Array | string): Promise<void> {
     if (this.#refuses) return this.#refuse("send()");
-    const bytes = typeof data === "string" ? encoder.encode(data) : data;
+    const bytes = bytesOf(data);
     if (!this.idle || bytes.length === 0) return this.#enqueue({ bytes });
     this.#busy = true;
     this.#directBytes = bytes;
@@ -1350,8 +1358,7 @@ class WriteQueue {
       this.#next();
       return settled.promise;
     }
-    if (this.#jobs.length > 0) this.#next();
-    else this.#rest();
+    this.#next();
   };
 
   readonly #onSendFailed = (error: unknown): never => {
@@ -1732,7 +1739,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * ```
    */
   constructor(conn: StreamConn, options: StreamOptions = {}) {
-    const { timeout, idleTimeout, maxLifetime, limit, highWaterMark } = resolveOptions(STREAM_DEFAULTS, options);
+    const { timeout, idleTimeout, maxLifetime, limit, highWaterMark } = resolveStreamOptions(options);
     this.#conn = conn;
     this.#timeout = timeout;
     this.#idleTimeout = idleTimeout;
@@ -2033,7 +2040,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     if (this.#closed) return rejection(this.#failure);
     if (!isData(data)) return rejection(dataError("write()", data));
     this.#unanswered = false;
-    if (this.#needsWatch) this.#watchFor(this.#timeout);
+    this.#keepTimeout();
     return this.#output.write(data);
   }
 
@@ -2059,7 +2066,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    */
   flush(): Promise<void> {
     if (this.#closed) return rejection(this.#failure);
-    if (this.#needsWatch && !this.#output.idle) this.#watchFor(this.#timeout);
+    if (!this.#output.idle) this.#keepTimeout();
     return this.#output.flush();
   }
 
@@ -2089,7 +2096,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     if (this.#closed) return rejection(this.#failure);
     if (!isData(data)) return rejection(dataError("send()", data));
     this.#unanswered = false;
-    if (this.#needsWatch) this.#watchFor(this.#timeout);
+    this.#keepTimeout();
     return this.#output.send(data);
   }
 
@@ -2122,7 +2129,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
       return rejection(error);
     }
     if (!isData(payload)) return rejection(dataError("writeFrame()", payload));
-    const bytes = typeof payload === "string" ? encoder.encode(payload) : payload;
+    const bytes = bytesOf(payload);
     if (bytes.length >= 256 ** format.lengthBytes) {
       return rejection(
         new RangeError(`Cannot write a frame of ${bytes.length} bytes with a length of ${format.lengthBytes} bytes`),
@@ -2159,7 +2166,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    */
   closeWrite(): Promise<void> {
     if (this.#closed) return rejection(this.#failure);
-    if (this.#needsWatch) this.#watchFor(this.#timeout);
+    this.#keepTimeout();
     return this.#output.closeWrite();
   }
 
@@ -2327,7 +2334,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     this.#reader = reader;
     // What was gathered must be out before the handler waits for the answer to it.
     this.#output.flushGathered();
-    if (this.#needsWatch) this.#watchFor(this.#timeout);
+    this.#keepTimeout();
     if (this.#ended) this.#advance();
     else if (!this.#filling) this.#fill();
     return answer;
@@ -2572,6 +2579,11 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     turnstile.leave();
     deadlines.unwatch(this);
     this.#failReading(error);
+  }
+
+  /** To be called when a read or write begins, which may have to wait. */
+  #keepTimeout(): void {
+    if (this.#needsWatch) this.#watchFor(this.#timeout);
   }
 
   #watchFor(ms: number): void {
@@ -5078,7 +5090,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     const { timeout, idleTimeout, maxLifetime, limit, highWaterMark } = resolved;
     this.#Handler = Handler;
     this.#options = resolved;
-    this.#streamOptions = resolveOptions(STREAM_DEFAULTS, { timeout, idleTimeout, maxLifetime, limit, highWaterMark });
+    this.#streamOptions = resolveStreamOptions({ timeout, idleTimeout, maxLifetime, limit, highWaterMark });
     this.#maxConnections = resolved.maxConnections ?? Infinity;
     this.#hosts = new HostCounts(resolved.maxConnectionsPerHost);
   }
@@ -5871,7 +5883,7 @@ export class Datagram {
    */
   reply(data: Uint8Array | string): Promise<void> {
     if (!isData(data)) return rejection(dataError("reply()", data));
-    const bytes = typeof data === "string" ? encoder.encode(data) : data;
+    const bytes = bytesOf(data);
     const sent = this.#send(bytes, this.clientAddress).then(
       () => {
         this.#bytesWritten += bytes.length;
@@ -6401,7 +6413,7 @@ export class DatagramClient implements Disposable {
    */
   async send(data: Uint8Array | string): Promise<void> {
     if (!isData(data)) throw dataError("send()", data);
-    const bytes = typeof data === "string" ? encoder.encode(data) : data;
+    const bytes = bytesOf(data);
     try {
       await this.#socket.send(bytes, this.#server);
     } catch (error) {
