@@ -1,6 +1,6 @@
 import { assert, assertEquals, assertMatch } from "../deps.ts";
 import { type AcceptFailure, acceptFailure, connect, StreamServer, TcpServer } from "../mod.ts";
-import { Echo, FakeListener, programTest, rejectionOf } from "./testing.ts";
+import { Echo, FakeListener, programTest, rejectionOf, until } from "./testing.ts";
 
 function systemError(code: string): Error {
   return Object.assign(new TypeError(`${code} (os error 0)`), { code });
@@ -75,6 +75,28 @@ Deno.test("serveForever() waits an exhaustion of descriptors out, and reports it
   await listener.drained;
   assertEquals(server.overloads.length, 1);
   assertEquals(server.stats.overloads, 1);
+  await server.shutdown();
+  await serving;
+});
+
+Deno.test("an exhaustion 5 s after the last one is reported again, and a sooner one is not", async () => {
+  const listener = new FakeListener([systemError("EMFILE")]);
+  const server = new FakeServer(listener);
+  const serving = server.serveForever();
+  await listener.drained;
+  const { now } = performance;
+  try {
+    for (const [ms, reports] of [[4_000, 1], [8_500, 1], [14_000, 2]] as const) {
+      performance.now = () => now.call(performance) + ms;
+      const accepts = listener.accepts;
+      listener.fail(systemError("EMFILE"));
+      await until(() => listener.accepts > accepts);
+      assertEquals(server.overloads.length, reports, `after ${ms} ms`);
+    }
+  } finally {
+    performance.now = now;
+  }
+  assertEquals(server.stats.overloads, 2);
   await server.shutdown();
   await serving;
 });

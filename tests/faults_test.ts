@@ -63,7 +63,7 @@ programTest(`a storm of ${RESETS_OF_EACH * 3} resets: before accept, in read, in
     "the first ones to be gone",
     ({ active, accepted, lost }) => active === 0 && accepted + lost >= 150,
   );
-  const before = siege.holdings();
+  const before = await siege.holdingsWith(0);
   await using client = await siege.dial();
   for (const phase of phases) {
     for (let done = 0; done < RESETS_OF_EACH; done += 200) {
@@ -87,7 +87,7 @@ programTest(
     await siege.assertServes();
     await using client = await siege.dial();
     await ping(client, "before");
-    const before = siege.holdings();
+    const before = await siege.holdingsWith(1);
     const dripping = siege.order("drip", DRIPPING);
     const pings = await pingUntil(client, dripping);
     const longest = Number(await dripping) * 1_000;
@@ -110,7 +110,7 @@ programTest(
     await siege.assertServes();
     await using client = await siege.dial();
     await ping(client, "before");
-    const before = siege.holdings();
+    const before = await siege.holdingsWith(1);
     await siege.order("deaf", DEAF);
     let most = 0;
     const closed = siege.until("all to be closed", ({ timedOut }) => {
@@ -129,7 +129,7 @@ programTest(
 programTest("a line of 100 MB is refused with LimitOverrunError, can be skipped, and takes no memory", async () => {
   await using siege = new Siege({});
   await siege.assertServes();
-  const before = siege.holdings();
+  const before = await siege.holdingsWith(0);
   await using client = await connect({ port: await siege.port(), timeout: 20_000 });
   await client.send("line\n");
   const answer = client.readLine();

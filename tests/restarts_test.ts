@@ -228,8 +228,7 @@ programTest(
     try {
       // What it makes once, it has made by then.
       await chaosUntil(performance.now() + 1_000, SEED);
-      await siege.until("all to be gone", ({ active }) => active === 0);
-      const before = siege.holdings();
+      const before = await siege.holdingsWith(0);
       await chaosUntil(deadline, SEED + 1_000);
       await siege.assertServes();
       await siege.assertAsBefore(before);

@@ -85,6 +85,12 @@ export class Siege implements AsyncDisposable {
     };
   }
 
+  /** What it holds when no more than `active` clients are left: one that has closed may still be there. */
+  async holdingsWith(active: number): Promise<Holdings> {
+    await this.until(`all but ${active} clients to be gone`, (stats) => stats.active === active);
+    return this.holdings();
+  }
+
   /** A client that means well. */
   async dial(): Promise<SocketStream> {
     const client = await connect({ port: await this.port(), timeout: 20_000 });
