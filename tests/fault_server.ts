@@ -1,7 +1,7 @@
 /**
  * A server that the tests of faults run in a process of its own: its first
  * argument has the options. Its handler does what the first line of a client asks
- * for. Answers "stats" and "restart" on the standard input with a line each.
+ * for. Answers "stats", "heap" and "restart" on the standard input with a line each.
  *
  * @module
  */
@@ -52,6 +52,14 @@ function start(port: number): { server: TcpServer; port: number; over: Promise<v
   return { server, port: bound, over: server.serveForever() };
 }
 
+/** Collects what nobody holds any more; the runtime has it by `--v8-flags=--expose-gc`. */
+declare function gc(): void;
+
+function heapBytes(): number {
+  gc();
+  return Deno.memoryUsage().heapUsed;
+}
+
 let running = start(0);
 console.log(`listens on 127.0.0.1:${running.port}`);
 let answered = 0;
@@ -62,7 +70,8 @@ for await (const commands of Deno.stdin.readable.pipeThrough(new TextDecoderStre
       await running.over;
       running = start(running.port);
     }
-    console.log(JSON.stringify({ answer: ++answered, ...running.server.stats }));
+    const answer = command === "heap" ? { heapBytes: heapBytes() } : running.server.stats;
+    console.log(JSON.stringify({ answer: ++answered, ...answer }));
   }
 }
 running.server.close();

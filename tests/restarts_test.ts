@@ -226,8 +226,8 @@ programTest(
       await Promise.all([...clients, restartUntil(end, randomNumbers(seed - 1))]);
     }
     try {
-      // What it makes once, it has made by then.
-      await chaosUntil(performance.now() + 1_000, SEED);
+      // What it makes once, it has made by then: the process takes half a minute to come to its size.
+      await chaosUntil(performance.now() + CHAOS_SECONDS * 100, SEED);
       const before = await siege.holdingsWith(0);
       await chaosUntil(deadline, SEED + 1_000);
       await siege.assertServes();

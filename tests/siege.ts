@@ -9,14 +9,23 @@ import { connect, type ServerOptions, type ServerStats, type SocketStream } from
 import { bytesOf, textOf } from "./fake_conn.ts";
 import { Program, startPython } from "./programs.ts";
 
-/** What memory may grow by, in bytes: far less than what a leak of one of these storms would take. */
+/** What a process may grow by, in bytes. The runtime keeps some of what it once had; what is buffered for nobody would take more. */
 export const MEMORY_SLACK = 100e6;
+
+/** What may be left on the heap, in bytes: 100 for each of 50,000 clients would be more. */
+const HEAP_SLACK = 5e6;
 
 /** What a process holds. */
 export interface Holdings {
   descriptors: number;
   residentBytes: number;
   cpuSeconds: number;
+}
+
+/** What a process holds when nobody is there. */
+export interface Remains extends Holdings {
+  /** Without what is garbage. */
+  heapBytes: number;
 }
 
 const HOLDINGS =
@@ -33,7 +42,7 @@ export class Siege implements AsyncDisposable {
   constructor(options: ServerOptions, descriptors?: number) {
     const script = new URL("fault_server.ts", import.meta.url).pathname;
     const limit = descriptors === undefined ? "" : `ulimit -n ${descriptors}; `;
-    const run = `${limit}exec "$0" run --no-config --no-prompt --allow-net=127.0.0.1 "$1" "$2"`;
+    const run = `${limit}exec "$0" run --no-config --no-prompt --v8-flags=--expose-gc --allow-net=127.0.0.1 "$1" "$2"`;
     this.server = Program.start("sh", ["-c", run, Deno.execPath(), script, JSON.stringify(options)]);
   }
 
@@ -50,15 +59,19 @@ export class Siege implements AsyncDisposable {
   }
 
   async stats(): Promise<ServerStats> {
-    await this.server.write("stats\n");
+    return JSON.parse(await this.#ask("stats"));
+  }
+
+  /** The server's answer to a command. */
+  async #ask(command: string): Promise<string> {
+    await this.server.write(`${command}\n`);
     const [line] = await this.server.printed(new RegExp(`\\{"answer":${++this.#answers},.*\\}\n`));
-    return JSON.parse(line);
+    return line;
   }
 
   /** Lets the server shut down and a new one take over its port, in the same process. */
   async restart(): Promise<void> {
-    await this.server.write("restart\n");
-    await this.server.printed(new RegExp(`\\{"answer":${++this.#answers},`));
+    await this.#ask("restart");
   }
 
   /** Asks for the stats until `condition` holds; resolves to how many looks that took. */
@@ -86,9 +99,10 @@ export class Siege implements AsyncDisposable {
   }
 
   /** What it holds when no more than `active` clients are left: one that has closed may still be there. */
-  async holdingsWith(active: number): Promise<Holdings> {
+  async holdingsWith(active: number): Promise<Remains> {
     await this.until(`all but ${active} clients to be gone`, (stats) => stats.active === active);
-    return this.holdings();
+    const { heapBytes } = JSON.parse(await this.#ask("heap"));
+    return { ...this.holdings(), heapBytes };
   }
 
   /** A client that means well. */
@@ -103,11 +117,12 @@ export class Siege implements AsyncDisposable {
     await ping(client, "still there");
   }
 
-  /** Nothing is left of those who attacked, but for `slack` bytes. */
-  async assertAsBefore(before: Holdings, slack = MEMORY_SLACK): Promise<void> {
-    await this.until("the clients to be gone", ({ active }) => active === 0);
-    const { descriptors, residentBytes } = this.holdings();
+  /** Nothing is left of those who attacked, but for `slack` bytes that the process has not given back. */
+  async assertAsBefore(before: Remains, slack = MEMORY_SLACK): Promise<void> {
+    const { descriptors, heapBytes, residentBytes } = await this.holdingsWith(0);
     assertEquals(descriptors, before.descriptors);
+    const heapGrown = heapBytes - before.heapBytes;
+    assert(heapGrown < HEAP_SLACK, `the heap has grown by ${heapGrown} bytes`);
     const grown = residentBytes - before.residentBytes;
     assert(grown < slack, `the server has grown by ${grown} bytes`);
     assertEquals((await this.stats()).errors, 0);
