@@ -1145,6 +1145,14 @@ class WriteQueue {
     return !this.#busy && !this.#hasGathered && this.#jobs.length === 0;
   }
 
+  /** Bytes that wait; of those that are under way it is not known yet how many have left. */
+  get waiting(): number {
+    this.#encodeText();
+    let bytes = this.#directBytes.length + this.#blockLength - this.#offset;
+    for (const job of this.#jobs) bytes += job.bytes.length;
+    return bytes;
+  }
+
   /** Gathers `data`; resolves at once unless too much is waiting already. */
   write(data: Uint8Array | string): Promise<void> {
     if (this.#refuses) return this.#refuse("write()");
@@ -1223,6 +1231,7 @@ class WriteQueue {
     this.#blockLength = 0;
     this.#text = "";
     this.#busy = false;
+    this.#offset = 0;
     this.#directBytes = NO_BYTES;
     if (this.#directSend !== undefined) forgettable(this.#directSend);
     for (const { settled } of this.#jobs.splice(0)) {
@@ -1770,6 +1779,27 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   /** Bytes that were handed to the kernel so far. */
   get bytesWritten(): number {
     return this.#output.bytesWritten;
+  }
+
+  /**
+   * Bytes that were written and wait until the peer takes what is before them;
+   * asyncio's `get_write_buffer_size()`. A write that is awaited keeps it near
+   * `highWaterMark`; where nobody awaits, as in a chat room, it tells who does not read.
+   *
+   * @example
+   * ```ts
+   * import { socketPair } from "@socketserver/socketserver";
+   * import { assertEquals } from "@std/assert";
+   *
+   * const [deaf, stream] = socketPair();
+   * for (let i = 0; i < 10; i++) stream.write(new Uint8Array(50_000)).catch(() => {});
+   * assertEquals(stream.bytesBuffered > 65_536, true);
+   * stream.close();
+   * deaf.close();
+   * ```
+   */
+  get bytesBuffered(): number {
+    return this.#output.waiting;
   }
 
   /** What the TLS handshake has agreed on, and who the peer is; `undefined` on a plain stream. */

@@ -535,6 +535,38 @@ Deno.test("bytesWritten counts what the connection has taken, not what waits", a
   stream.close();
 });
 
+Deno.test("bytesBuffered counts what waits: in the block, as text, in the queue, and in a send() under way", async () => {
+  const conn = new FakeConn().holdWrites();
+  const stream = new SocketStream(conn);
+  assertEquals(stream.bytesBuffered, 0);
+  const sent = stream.send(pattern(10));
+  assertEquals(stream.bytesBuffered, 10);
+  stream.write("ü");
+  stream.write(pattern(100));
+  const waiting = stream.write(pattern(100_000));
+  assertEquals(stream.bytesBuffered, 100_112);
+  conn.releaseWrites();
+  await Promise.all([sent, waiting]);
+  assertEquals(stream.bytesBuffered, 0);
+  stream.close();
+});
+
+Deno.test("bytesBuffered counts what is left of a write that was taken in parts, and nothing after it failed", async () => {
+  const conn = new FakeConn();
+  conn.takes = () => {
+    conn.holdWrites();
+    return 7;
+  };
+  const stream = new SocketStream(conn, { highWaterMark: 0 });
+  const failed = rejectionOf(stream.write(pattern(10)));
+  assertEquals(stream.bytesBuffered, 10);
+  await turnEnd();
+  assertEquals(stream.bytesBuffered, 3);
+  stream.close();
+  await failed;
+  assertEquals(stream.bytesBuffered, 0);
+});
+
 Deno.test("blocks that streams share never mix their bytes", async () => {
   const conns = Array.from({ length: 20 }, () => new FakeConn());
   const random = randomNumbers(7);
