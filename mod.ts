@@ -253,15 +253,18 @@ function printError(what: string, error: unknown): void {
   }
 }
 
-/** What to print of `error`: itself, or, if its message quotes what is not printable, its text. */
+/** What to print of `error`: itself, or, if it has what is not printable or looks like a line of a log, its text. */
 function printableError(error: unknown): unknown {
   if (typeof error === "string") return printable(error);
-  if (!(error instanceof Error)) return error;
   const text = Deno.inspect(error);
-  // Only the stack's lines are lines; those of a cause, which is indented, cannot be taken for a log's.
-  const shown = text.replace(error.message, () => printable(error.message)).split("\n").map(printable).join("\n");
+  const quoted = error instanceof Error ? text.replace(error.message, () => printable(error.message)) : text;
+  const [first = "", ...rest] = quoted.split("\n").map(printable);
+  const shown = [first, ...rest.map((line) => CONTINUES.test(line) ? line : `    ${line}`)].join("\n");
   return shown === text ? error : shown;
 }
+
+/** A line that cannot be taken for another message: of a stack, or inside or at the end of an object. */
+const CONTINUES = /^( |[}\])]+$|$)/;
 
 /**
  * Rejects, and can be forgotten: a promise that nobody awaits must not end the
