@@ -3972,18 +3972,35 @@ const PEER_CODES = new Set([
   "ENONET",
   "ENOPROTOOPT",
   "ENOTCONN", // The runtime asks for the peer's address after accept(2); by then it may be gone.
-  "EOPNOTSUPP",
+  "ENOTSUP",
   "EPERM", // A firewall rule forbade this one.
   "EPROTO",
+  "ETIMEDOUT",
 ]);
 
 /** accept(2): limits that other connections will make room under. */
 const OVERLOAD_CODES = new Set(["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"]);
 
+/** Linux's numbers of those to which Deno 2.9.6 gives no `code`. */
+const CODES_BY_NUMBER = new Map([
+  ["23", "ENFILE"],
+  ["64", "ENONET"],
+  ["71", "EPROTO"],
+  ["92", "ENOPROTOOPT"],
+  ["100", "ENETDOWN"],
+  ["112", "EHOSTDOWN"],
+]);
+
+/** The code of an error of the system, which may have it as a number in its message only. */
+function systemCode(error: unknown): string {
+  const [, number = ""] = /\(os error (\d+)\)$/.exec(messageOf(error)) ?? [];
+  return errorCode(error) || (CODES_BY_NUMBER.get(number) ?? "");
+}
+
 /**
- * Tells what an error of `Deno.Listener.accept` means. It looks at the `code` and
- * not at the class: `EMFILE` is a plain `Error`. It never touches `stack`, which
- * opens a file.
+ * Tells what an error of `Deno.Listener.accept` means. It looks at the `code`, or
+ * at the number in the message, and not at the class: `EMFILE` is a plain `Error`.
+ * It never touches `stack`, which opens a file.
  *
  * @param error What `accept()` rejected with.
  * @returns What it means.
@@ -3997,7 +4014,7 @@ const OVERLOAD_CODES = new Set(["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"]);
  * ```
  */
 export function acceptFailure(error: unknown): AcceptFailure {
-  const code = errorCode(error);
+  const code = systemCode(error);
   if (PEER_CODES.has(code)) return "peer";
   if (OVERLOAD_CODES.has(code)) return "overload";
   if (error instanceof Deno.errors.BadResource || error instanceof Deno.errors.Interrupted) return "closed";
