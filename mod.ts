@@ -2321,6 +2321,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     this.#reader = undefined;
     this.#conn = conn;
     this.#output.goOn(conn);
+    this.#needsWatch = true; // The looks were those of the handshake.
     if (this.#closed) closeQuietly(conn); // It was closed in the same moment.
   }
 

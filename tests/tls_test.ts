@@ -189,6 +189,22 @@ tlsTest("a read has its timeout over TLS and loses nothing", async (certificates
   });
 });
 
+tlsTest("a short timeout behind a long handshakeTimeout is kept in its own time", async (certificates) => {
+  const took = Promise.withResolvers<number>();
+  class Waiting extends StreamRequestHandler {
+    override async handle() {
+      const begun = performance.now();
+      await rejectionOf(this.request.recv());
+      took.resolve(performance.now() - begun);
+    }
+  }
+  await serving(certificates, Waiting, async (_server, port) => {
+    await using client = await dial(certificates, port);
+    assertEquals(await client.recv(), null);
+  }, { timeout: 50, handshakeTimeout: 6_000_000 });
+  assert(await took.promise < 60_000); // A part of the handshake's would be three minutes.
+});
+
 tlsTest("a reset is told as on a plain connection", async (certificates) => {
   forgetWatched();
   await serving(certificates, Watched, async (server, port) => {
