@@ -3807,19 +3807,38 @@ function retryDelay(tries: number): number {
 
 // --- Handlers ---------------------------------------------------------------
 
-/** The signals of the requests whose handlers have asked for one. */
-const requestSignals = new WeakMap<object, AbortController>();
+/** The signals of the handlers that have asked for one. */
+const handlerSignals = new WeakMap<object, AbortController>();
 
-/** A signal for one request, that follows its server's. */
-function requestSignal(request: unknown, serverSignal: AbortSignal): AbortSignal {
-  if (typeof request !== "object" || request === null || serverSignal.aborted) return serverSignal;
-  const controller = requestSignals.get(request) ?? new AbortController();
-  requestSignals.set(request, controller);
+/** Those of them that follow each server's signal. A listener for each would stay as long as the server. */
+const followers = new WeakMap<AbortSignal, Set<AbortController>>();
+
+/** The handler's own signal, that follows its server's until {@linkcode stopFollowing}. */
+function signalOf(handler: object, serverSignal: AbortSignal): AbortSignal {
+  const known = handlerSignals.get(handler);
+  if (known !== undefined) return known.signal;
+  if (serverSignal.aborted) return serverSignal;
+  const controller = new AbortController();
+  handlerSignals.set(handler, controller);
+  followersOf(serverSignal).add(controller);
   return controller.signal;
 }
 
-function abortRequest(request: unknown, reason: unknown): void {
-  if (typeof request === "object" && request !== null) requestSignals.get(request)?.abort(reason);
+function followersOf(serverSignal: AbortSignal): Set<AbortController> {
+  const known = followers.get(serverSignal);
+  if (known !== undefined) return known;
+  const controllers = new Set<AbortController>();
+  followers.set(serverSignal, controllers);
+  serverSignal.addEventListener("abort", () => {
+    for (const controller of controllers) controller.abort(serverSignal.reason);
+  });
+  return controllers;
+}
+
+/** To be called when the handler is done. */
+function stopFollowing(handler: HandlerCalls): void {
+  const controller = handlerSignals.get(handler);
+  if (controller !== undefined) followers.get(handler.server.signal)?.delete(controller);
 }
 
 /**
@@ -3853,9 +3872,9 @@ export abstract class BaseRequestHandler<Request, Server extends { readonly sign
     this.server = server;
   }
 
-  /** Aborts when the server begins to shut down: the handler should come to an end. It is this request's own, so listeners end with it. */
+  /** Aborts when the server begins to shut down: the handler should come to an end. It is this handler's own, so listeners end with it. */
   get signal(): AbortSignal {
-    return requestSignal(this.request, this.server.signal);
+    return signalOf(this, this.server.signal);
   }
 
   /** Runs before `handle()`. If it throws, neither `handle()` nor `finish()` runs. */
@@ -3912,29 +3931,47 @@ export interface DatagramRequestHandlerClass {
   ): BaseRequestHandler<Datagram, DatagramServer>;
 }
 
-type HandlerCalls = Pick<StreamRequestHandler, "setup" | "handle" | "finish">;
+type HandlerCalls = Pick<StreamRequestHandler, "setup" | "handle" | "finish"> & {
+  readonly server: { readonly signal: AbortSignal };
+};
 
 /** Runs a handler's calls. What returns no promise is not waited for. */
 function runHandler(handler: HandlerCalls): Promise<void> {
   try {
     const preparing = handler.setup();
-    return preparing === undefined ? runPrepared(handler) : Promise.resolve(preparing).then(() => runPrepared(handler));
+    if (preparing === undefined) return runPrepared(handler);
+    return Promise.resolve(preparing).then(() => runPrepared(handler), (error) => failUnprepared(handler, error));
   } catch (error) {
-    return Promise.reject(error);
+    return failUnprepared(handler, error);
   }
+}
+
+function failUnprepared(handler: HandlerCalls, error: unknown): Promise<never> {
+  stopFollowing(handler);
+  return Promise.reject(error);
 }
 
 function runPrepared(handler: HandlerCalls): Promise<void> {
   try {
-    return Promise.resolve(handler.handle()).then(() => handler.finish(), (error) => failAndFinish(handler, error));
+    return Promise.resolve(handler.handle()).then(() => finish(handler), (error) => failAndFinish(handler, error));
   } catch (error) {
     return failAndFinish(handler, error);
   }
 }
 
+function finish(handler: HandlerCalls): void | Promise<void> {
+  let finishing: void | Promise<void> = undefined;
+  try {
+    finishing = handler.finish();
+  } finally {
+    if (finishing === undefined) stopFollowing(handler);
+  }
+  if (finishing !== undefined) return Promise.resolve(finishing).finally(() => stopFollowing(handler));
+}
+
 async function failAndFinish(handler: HandlerCalls, error: unknown): Promise<never> {
   try {
-    await handler.finish();
+    await finish(handler);
   } catch (second) {
     throw new SuppressedError(second, error, "Both handle() and finish() have thrown");
   }
@@ -4267,13 +4304,15 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   #serving = false;
   /** The request that a `handleRequest()` waited for in vain. */
   #next: { readonly promise: Promise<Request | undefined>; hasArrived: boolean } | undefined;
+  #servingNext: Promise<void> | undefined;
   #handlingOne = false;
   #draining: Promise<ShutdownReport> | undefined;
   #change: PromiseWithResolvers<void> | undefined;
   #context: ExchangeContext | undefined;
   /** The exchange whose handler runs right now, where there is no context. */
   #caller: Exchange<unknown> | undefined;
-  #reported: { readonly error: unknown; readonly isOfClient: boolean; readonly isPrinted: boolean } | undefined;
+  /** What handleError() is being told of: it is given no more than the error and the address. */
+  readonly #reported = new Map<unknown, { readonly isOfClient: boolean; readonly isPrinted: boolean }>();
   readonly #backlog = new Backlog();
   #awaitingShutdown = 0;
   #overloadedAt = -Infinity;
@@ -4318,7 +4357,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   protected abstract trafficOf(request: Request): { readonly bytesRead: number; readonly bytesWritten: number };
   /** Ends `request` if its client has nothing under way; one that has not spoken yet, or waits for an answer, only with `isLate`. */
   protected abstract endRequest(request: Request, isLate: boolean): void;
-  /** Ends `request` in good order: what is buffered is sent. Never rejects. */
+  /** Ends `request` in good order: what is buffered is sent; it rejects if that could not be. */
   protected abstract closeRequest(request: Request): Promise<void> | undefined;
   /** Ends `request` now; what its handler waits for rejects with `error`. */
   protected abstract cutRequest(request: Request, error: Error): void;
@@ -4385,7 +4424,9 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
    */
   async serveForever(options: { signal?: AbortSignal } = {}): Promise<void> {
     if (this.#isClosing) return await this.#ended.promise;
-    if (this.#serving) throw new Deno.errors.Busy("Cannot serveForever(): the server is serving already");
+    if (this.#serving || this.#handlingOne) {
+      throw new Deno.errors.Busy("Cannot serveForever(): the server is serving already");
+    }
     this.#serving = true;
     const { signal } = options;
     const stop = () => void this.shutdown();
@@ -4494,7 +4535,9 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     checkNumber("grace", grace);
     this.#draining ??= this.#drain(grace);
     const caller = this.#caller ?? this.#context?.getStore();
-    if (caller !== undefined && !caller.awaitsShutdown) {
+    // A handler that is over may have left a timer that calls.
+    const isServed = caller !== undefined && this.#active[caller.index] === caller;
+    if (isServed && !caller.awaitsShutdown) {
       caller.awaitsShutdown = true;
       this.#awaitingShutdown++;
       this.#wake();
@@ -4504,8 +4547,8 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
 
   /** Ends the server now: it stops accepting and cuts all clients off. `serveForever()` resolves soon after. A second call does nothing. */
   close(): void {
-    if (this.#isClosed) return;
-    this.#enter("closed");
+    if (this.#phase === "ended") return;
+    if (!this.#isClosed) this.#enter("closed");
     const stopped = this.stopListening(false);
     for (const exchange of this.#active) this.#cut(exchange);
     this.#draining ??= this.#reportOf(performance.now(), stopped);
@@ -4563,7 +4606,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
    * @param clientAddress Whose request it was.
    */
   handleError(error: unknown, clientAddress: Deno.Addr): void | Promise<void> {
-    const reported = this.#reported?.error === error ? this.#reported : undefined;
+    const reported = this.#reported.get(error);
     // The stack tells where a handler went wrong, and nothing about a client that did.
     const detail = reported?.isOfClient ? messageOf(error) : error;
     if (reported?.isPrinted ?? true) printError(`Error while serving ${formatAddress(clientAddress)}:`, detail);
@@ -4703,9 +4746,9 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
       const outcome = outcomeOf(error, exchange);
       if (outcome !== undefined) this.#counts[outcome]++;
       exchange.reason = outcome === "errors" ? "error" : outcome ?? "cut";
-      // handleError() is told no more than the error and the address, so this tells its default what it is about.
-      this.#reported = { error, isOfClient: isOfClient(error, exchange), isPrinted: outcome === "errors" };
+      this.#reported.set(error, { isOfClient: isOfClient(error, exchange), isPrinted: outcome === "errors" });
       await this.runHook("handleError", () => this.handleError(error, exchange.clientAddress));
+      this.#reported.delete(error);
     }
   }
 
@@ -4741,9 +4784,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   #abortSignal(): void {
-    const reason = new DOMException("The server is shutting down", "AbortError");
-    this.#controller.abort(reason);
-    for (const { request } of this.#active) abortRequest(request, reason);
+    this.#controller.abort(new DOMException("The server is shutting down", "AbortError"));
   }
 
   async #activate(): Promise<void> {
@@ -4800,10 +4841,18 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   /** A `handleRequest()` that timed out has left a request to wait for: one accepts at a time. */
-  async #serveWaitingRequest(): Promise<void> {
-    if (this.#next === undefined) return;
-    const request = await this.#takeArrived();
-    if (request !== undefined) this.#serve(request);
+  #serveWaitingRequest(): Promise<void> {
+    if (this.#next !== undefined) this.#servingNext = this.#serveNext();
+    return this.#servingNext ?? DONE;
+  }
+
+  async #serveNext(): Promise<void> {
+    try {
+      const request = await this.#takeArrived();
+      if (request !== undefined) this.#serve(request);
+    } finally {
+      this.#servingNext = undefined;
+    }
   }
 
   #serve(request: Request): Promise<void> {
@@ -4841,7 +4890,8 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   #processPrepared(exchange: Exchange<Request>): Promise<void> {
-    const { request, clientAddress } = exchange;
+    const { request, clientAddress, isCut } = exchange;
+    if (isCut) return DONE; // By close(), before it could be served.
     const verified = this.verifyRequest(request, clientAddress);
     // Plain JavaScript may return something else than a promise.
     if (verified === true) return Promise.resolve(this.processRequest(request, clientAddress));
@@ -4849,7 +4899,9 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   async #processIfVerified(verified: false | Promise<boolean>, exchange: Exchange<Request>): Promise<void> {
-    if (await verified) return await this.processRequest(exchange.request, exchange.clientAddress);
+    const isVerified = await verified;
+    if (exchange.isCut) return;
+    if (isVerified) return await this.processRequest(exchange.request, exchange.clientAddress);
     this.#counts.rejected++;
     exchange.reason = "rejected";
   }
@@ -4870,7 +4922,16 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
       // Only an overridden stream or hook throws; the request is over all the same.
     }
     if (closing === undefined) return this.#untrack(exchange);
-    return Promise.resolve(closing).catch(ignore).then(() => this.#untrack(exchange));
+    const closed = Promise.resolve(closing).catch((error) => this.#noteUnsent(error, exchange));
+    return closed.then(() => this.#untrack(exchange));
+  }
+
+  /** The handler is done, but the client did not take all that it has written. */
+  #noteUnsent(error: unknown, exchange: Exchange<Request>): void {
+    const outcome = outcomeOf(error, exchange);
+    if (exchange.reason !== "finished" || outcome === undefined || outcome === "errors") return;
+    this.#counts[outcome]++;
+    exchange.reason = outcome;
   }
 
   async #failExchange(error: unknown, exchange: Exchange<Request>): Promise<void> {
@@ -5081,6 +5142,14 @@ function processLimits(): string {
   } catch {
     // The runtime shows it to programs with all permissions only, and other systems have none.
     return "";
+  }
+}
+
+async function flushAndClose(stream: SocketStream): Promise<void> {
+  try {
+    await stream.flush();
+  } finally {
+    await stream[Symbol.asyncDispose]();
   }
 }
 
@@ -5313,7 +5382,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     } catch (error) {
       if (host !== undefined) this.#hosts.leave(host);
       closeQuietly(conn);
-      await this.reportError(error, conn.remoteAddr);
+      void this.reportError(error, conn.remoteAddr); // Nobody else waits for this client.
       return undefined;
     }
   }
@@ -5378,11 +5447,11 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     if (isLate || request.bytesRead > 0) control.endBetweenMessages(request, isLate);
   }
 
-  /** Sends what is buffered and closes the stream. */
+  /** Sends what is buffered and closes the stream; rejects if not all could be sent. */
   protected override closeRequest(request: SocketStream): Promise<void> | undefined {
     if (control.isSettled(request)) return void request.close();
     if (request.timeout === Infinity) request.timeout = CLOSE_STALL_MS;
-    return request[Symbol.asyncDispose]();
+    return flushAndClose(request);
   }
 
   /** Closes the stream now. */

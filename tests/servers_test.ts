@@ -460,6 +460,36 @@ for (const [reason, what, make] of endings) {
   });
 }
 
+for (
+  const [what, leave, expected] of [
+    ["reads nothing", () => {}, "timedOut"],
+    ["has left", (client: SocketStream) => client.close(), "aborted"],
+  ] as const
+) {
+  networkTest(`handleClose() is told of a client that ${what} while its answer is sent: "${expected}"`, async () => {
+    const closed = Promise.withResolvers<ConnectionReport>();
+    class Reporting extends TcpServer {
+      override handleClose(report: ConnectionReport) {
+        closed.resolve(report);
+      }
+    }
+    class Generous extends StreamRequestHandler {
+      override async handle() {
+        await this.request.readLine();
+        this.request.write(new Uint8Array(1 << 25)); // More than any kernel buffers.
+      }
+    }
+    await withServer(new Reporting({ port: 0 }, Generous, { timeout: 500 }), async (server, dial) => {
+      const client = await dial();
+      await client.send("go\n");
+      await until(() => server.stats.bytesWritten > 0);
+      leave(client);
+      assertEquals((await closed.promise).reason, expected);
+      assertEquals(server.stats[expected], 1);
+    });
+  });
+}
+
 networkTest(
   'handleClose() is told of a connection that is cut off, once, although its handler ends later: "cut"',
   async () => {
@@ -720,6 +750,63 @@ networkTest("handleRequest() calls handleTimeout() when nobody comes, and the ne
   client.close();
 });
 
+networkTest("serveForever() is refused while a handleRequest() waits", async () => {
+  await using server = new TcpServer({ port: 0 }, Echo);
+  const handling = server.handleRequest({ timeout: 20 });
+  assert(await rejectionOf(server.serveForever()) instanceof Deno.errors.Busy);
+  await handling;
+});
+
+networkTest("serveForever() behind a handleRequest() that timed out may be shut down in the same turn", async () => {
+  const server = new TcpServer({ port: 0 }, Echo);
+  await server.handleRequest({ timeout: 1 });
+  const serving = server.serveForever();
+  await server.shutdown();
+  await serving;
+});
+
+networkTest("a handleError() that never settles stops nobody from being accepted", async () => {
+  let connections = 0;
+  class Picky extends TcpServer {
+    override getRequest(conn: Deno.Conn) {
+      if (connections++ === 0) throw new TypeError("a bug in the hook");
+      return super.getRequest(conn);
+    }
+    override handleError() {
+      return new Promise<void>(() => {});
+    }
+  }
+  await withServer(new Picky({ port: 0 }, Greeter), async (_server, dial) => {
+    assertEquals(await (await dial()).readLine(), null);
+    assertEquals(await (await dial()).readLine(), "hello");
+  });
+});
+
+networkTest(
+  "a handleError() that waits before it calls its default is told about each client in its own way",
+  async () => {
+    class Slow extends TcpServer {
+      override async handleError(error: unknown, clientAddress: Deno.Addr) {
+        await new Promise((resolve) => setTimeout(resolve, 1));
+        super.handleError(error, clientAddress);
+      }
+    }
+    const printed: unknown[][] = [];
+    const print = console.error;
+    console.error = (...args) => void printed.push(args);
+    try {
+      await withServer(new Slow({ port: 0 }, Greeter, { timeout: 50 }), async (server, dial) => {
+        const clients = await Promise.all([dial(), dial(), dial()]);
+        await Promise.all(clients.map((client) => Array.fromAsync(client.lines())));
+        assertEquals(server.stats.timedOut, 3);
+      });
+    } finally {
+      console.error = print;
+    }
+    assertEquals(printed, []);
+  },
+);
+
 networkTest("serveForever() serves the request that a handleRequest() has waited for in vain", async () => {
   await using server = new TcpServer({ port: 0 }, Echo);
   const { port } = server.listen();
@@ -762,7 +849,7 @@ networkTest("shutdown() while serveForever() is still starting ends it", async (
 
 networkTest("shutdown() called twice is one shutdown", async () => {
   await withServer(new TcpServer({ port: 0 }, Echo), async (server) => {
-    assertEquals(server.shutdown(), server.shutdown());
+    assert(server.shutdown() === server.shutdown());
     await server.shutdown();
   });
 });
@@ -958,6 +1045,87 @@ networkTest("close() ends a shutdown that waits", async () => {
     server.close();
     assertEquals((await down).cut.length, 1);
   });
+});
+
+networkTest("close() ends a shutdown that a handler waits for", async () => {
+  const called = Promise.withResolvers<void>();
+  class Ending extends StreamRequestHandler {
+    override async handle() {
+      await this.server.shutdown({ grace: Infinity });
+      called.resolve();
+      await new Promise(() => {});
+    }
+  }
+  const server = new TcpServer({ port: 0 }, Ending);
+  const { port } = server.listen();
+  const serving = server.serveForever();
+  await using _client = await connect({ port });
+  await called.promise;
+  server.close();
+  await serving;
+});
+
+networkTest("a timer that a handler has left behind may call shutdown()", async () => {
+  const [left, called] = [Promise.withResolvers<void>(), Promise.withResolvers<void>()];
+  class Leaving extends StreamRequestHandler {
+    override handle() {
+      left.promise.then(() => this.server.shutdown({ grace: Infinity })).then(() => called.resolve());
+    }
+  }
+  await withServer(new TcpServer({ port: 0 }, Leaving), async (_server, dial) => {
+    const client = await dial();
+    assertEquals(await client.recv(), null);
+    client.close();
+    left.resolve();
+    await called.promise;
+  });
+});
+
+networkTest("a client that close() met before it was served has no handler", async () => {
+  const calls: string[] = [];
+  class Watching extends TcpServer {
+    override handleOpen() {
+      calls.push("handleOpen");
+      this.close();
+    }
+    override verifyRequest() {
+      calls.push("verifyRequest");
+      return true;
+    }
+    override handleClose({ reason }: ConnectionReport) {
+      calls.push(reason);
+    }
+  }
+  const server = new Watching({ port: 0 }, Greeter);
+  const { port } = server.listen();
+  const serving = server.serveForever();
+  await using client = await connect({ port });
+  assertEquals(await client.recv(), null);
+  await serving;
+  assertEquals(calls, ["handleOpen", "cut"]);
+});
+
+networkTest("a client that close() met while verifyRequest() thought has no handler", async () => {
+  let handlers = 0;
+  class Counting extends StreamRequestHandler {
+    override handle() {
+      handlers++;
+    }
+  }
+  class Thinking extends TcpServer {
+    override async verifyRequest() {
+      await Promise.resolve();
+      this.close();
+      return true;
+    }
+  }
+  const server = new Thinking({ port: 0 }, Counting);
+  const { port } = server.listen();
+  const serving = server.serveForever();
+  await using client = await connect({ port });
+  assertEquals(await client.recv(), null);
+  await serving;
+  assertEquals(handlers, 0);
 });
 
 networkTest("await using shuts a server down", async () => {
@@ -1195,6 +1363,28 @@ networkTest("a handler's signal is its own, so that its listeners end with it", 
     await server.shutdown();
     for (const signal of signals) assert(signal.aborted);
   });
+});
+
+Deno.test("a handler's signal follows its server also where nothing is accepted, and behind another request", async () => {
+  const signals: AbortSignal[] = [];
+  class Signalled extends StreamRequestHandler {
+    override async handle() {
+      signals.push(this.signal);
+      await this.request.recv();
+    }
+  }
+  const server = new TcpServer({ port: 0 }, Signalled);
+  const [client, request] = socketPair();
+  const [otherClient, otherRequest] = socketPair();
+  const over = server.finishRequest(request, request.remoteAddress);
+  const otherOver = server.finishRequest(otherRequest, otherRequest.remoteAddress);
+  await otherClient.closeWrite();
+  await otherOver;
+  await server.shutdown();
+  // The signal of a handler that is done is followed by nothing.
+  assertEquals(signals.map(({ aborted }) => aborted), [true, false]);
+  for (const stream of [client, request, otherClient, otherRequest]) stream.close();
+  await rejectionOf(over);
 });
 
 networkTest(
