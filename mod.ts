@@ -49,6 +49,7 @@
  *
  * | call | of | the stream |
  * | --- | --- | --- |
+ * | `getRequest()` | server | is made |
  * | `handleOpen()` | server | is open; nothing was read |
  * | `verifyRequest()` | server | is open; nothing was read |
  * | `processRequest()` | server | is open |
@@ -117,9 +118,11 @@ export class IncompleteReadError extends Error {
 /**
  * A line, a delimited record or a frame is longer than its limit.
  *
- * The stream stays as it was: the bytes wait to be read, so the caller may skip
- * `consumed` of them with {@linkcode SocketStream.readExactly}, answer, or close.
- * The counterpart of Python's `asyncio.LimitOverrunError`.
+ * The stream stays as it was: the bytes wait to be read, so the caller may answer
+ * and close, or skip `consumed` of them with {@linkcode SocketStream.readExactly}.
+ * What comes then is the rest of the same line or record, not a new one: whoever
+ * goes on reads that away, too. The counterpart of Python's
+ * `asyncio.LimitOverrunError`.
  *
  * @example A line over the limit
  * ```ts
@@ -145,7 +148,7 @@ export class LimitOverrunError extends Error {
    *
    * @param message What was too long.
    * @param limit The limit, in bytes.
-   * @param consumed Bytes that can be skipped, in bytes.
+   * @param consumed Bytes that can be skipped.
    */
   constructor(message: string, limit: number, consumed: number) {
     super(message);
@@ -200,8 +203,8 @@ const SHORT_ESCAPES = new Map([["\n", "\\n"], ["\r", "\\r"], ["\t", "\\t"]]);
 /**
  * `text` as one line that is safe to print: what a client has sent or named may
  * hold line ends that forge a line of a log, and sequences that a terminal obeys.
- * Control characters are written as `\\n`, `\\x1b` or `\\u202e`; the rest, backslashes
- * included, stays, so that text which is printable already does not change.
+ * Control characters, and characters that are not seen, are written as `\n`, `\x1b`
+ * or `\u202e`; the rest, backslashes included, stays.
  *
  * All messages and logs of this file are made with it.
  *
@@ -294,6 +297,10 @@ export interface StreamOptions {
    * likewise, and closes the stream, as nobody can tell how much was sent. It is
    * never early, and late by a sixteenth or 10 ms at most, whichever is more.
    *
+   * Of a peer that reads slowly the kernel tells nothing until a third of its own
+   * buffer is free, which may be a megabyte: 30 seconds end a large answer to one
+   * that reads 30 kB a second.
+   *
    * @default {Infinity}
    */
   timeout?: number;
@@ -324,7 +331,7 @@ export interface StreamOptions {
   limit?: number;
   /**
    * Bytes that {@linkcode SocketStream.write} buffers at most before it waits for
-   * the peer to take them; 0 for none.
+   * the peer to take them; 0 for none, `Infinity` for no limit.
    *
    * @default {65_536}
    */
@@ -517,6 +524,7 @@ const NUMBER_RULES: Record<string, "above 0" | "0 or more" | "whole, 1 or more" 
 
 /** Fills `options` up with `defaults`; throws for a name that is misspelt and for a number out of its range. */
 function resolveOptions<T extends object>(defaults: T, options: Partial<T>): T {
+  checkOptions(options);
   const given = Object.entries(options).filter(([, value]) => value !== undefined);
   for (const [name, value] of given) {
     if (!Object.hasOwn(defaults, name)) {
@@ -525,6 +533,11 @@ function resolveOptions<T extends object>(defaults: T, options: Partial<T>): T {
     if (Object.hasOwn(NUMBER_RULES, name)) checkNumber(name, value);
   }
   return { ...defaults, ...Object.fromEntries(given) };
+}
+
+function checkOptions(options: unknown): void {
+  if (typeof options === "object" && options !== null) return;
+  throw new TypeError(`Options must be an object such as { timeout: 5_000 }: they are ${Deno.inspect(options)}`);
 }
 
 /** What {@linkcode resolveStreamOptions} has returned: a server gives the same options to each of its streams. */
@@ -553,6 +566,10 @@ function checkNumber(name: string, value: unknown): void {
   }
 }
 
+function checkText(name: string, value: unknown): void {
+  if (typeof value !== "string") throw new TypeError(`Option "${name}" must be a string: it is ${Deno.inspect(value)}`);
+}
+
 function checkPort(port: unknown): void {
   if (!(typeof port === "number" && Number.isInteger(port) && port >= 0 && port <= 65_535)) {
     throw new RangeError(`Port must be a whole number from 0 to 65535: it is ${Deno.inspect(port)}`);
@@ -569,7 +586,8 @@ function checkServerArguments(address: unknown, Handler: unknown): void {
   }
 }
 
-function checkHostname(hostname: string): void {
+function checkHostname(hostname: unknown): void {
+  checkText("hostname", hostname);
   if (hostname === "") {
     throw new TypeError(`Hostname must not be empty: "127.0.0.1" is this machine, "0.0.0.0" all its IPv4 interfaces`);
   }
@@ -997,17 +1015,13 @@ class ReadBuffer {
   /** Where `delimiter` begins, at `from` or behind it; -1 if it is not there. */
   indexOf(delimiter: Uint8Array, from: number): number {
     const first = delimiter[0] ?? 0;
-    for (let at = this.#indexOfByte(first, from); at >= 0; at = this.#indexOfByte(first, at + 1)) {
-      if (at + delimiter.length > this.length) return -1;
-      if (delimiter.every((byte, offset) => this.at(at + offset) === byte)) return at;
+    // Without its end the search would run through what earlier reads left behind.
+    const window = this.#bytes.subarray(this.#start, this.#end);
+    const last = window.length - delimiter.length;
+    for (let at = window.indexOf(first, from); at >= 0 && at <= last; at = window.indexOf(first, at + 1)) {
+      if (holdsAt(window, at, delimiter)) return at;
     }
     return -1;
-  }
-
-  #indexOfByte(byte: number, from: number): number {
-    // Without its end the search would run through what earlier reads left behind.
-    const at = this.#bytes.subarray(this.#start + from, this.#end).indexOf(byte);
-    return at < 0 ? -1 : at + from;
   }
 
   /** The big- or little-endian number in the first `bytes` bytes. */
@@ -1023,6 +1037,12 @@ class ReadBuffer {
   skip(count: number): void {
     this.#start += count;
   }
+}
+
+/** A plain loop: a client that sends nothing but the first byte of a delimiter has every one of them looked at. */
+function holdsAt(bytes: Uint8Array, at: number, part: Uint8Array): boolean {
+  for (let index = 1; index < part.length; index++) if (bytes[at + index] !== part[index]) return false;
+  return true;
 }
 
 const LINE_FEED_BYTE = 0x0a;
@@ -2654,7 +2674,8 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   #endLateWrite(now: number): void {
     const { bytesWritten, idle } = this.#output;
     if (this.#stalledWrite.lasts(now, bytesWritten, idle) < this.#timeout) return;
-    const message = `The peer took no byte for the timeout of ${this.#timeout} ms, so the stream was closed`;
+    const peer = formatAddress(this.remoteAddress);
+    const message = `${peer} took no byte for the timeout of ${this.#timeout} ms, so the stream was closed`;
     this.#cut(new Deno.errors.TimedOut(message));
   }
 
@@ -3012,9 +3033,6 @@ const MAX_CHAIN_LENGTH = 8;
 
 /** The purpose "may be a TLS client" of a certificate; RFC 5280, 4.2.1.12. */
 const CLIENT_PURPOSE = "1.3.6.1.5.5.7.3.2";
-
-/** The runtime keeps 15 KB of each handshake that failed until its own timer ends, which "for ever" must not mean. */
-const MAX_HANDSHAKE_MS = 600_000;
 
 /** The purpose "may be a TLS server" of a certificate. */
 const SERVER_PURPOSE = "1.3.6.1.5.5.7.3.1";
@@ -3438,15 +3456,15 @@ class TlsConn implements StreamConn, TransportOwner {
     }
   }
 
-  #beginAsServer({ cert, key, authorities, alpnProtocols, timeout }: ServerHandshake): void {
+  #beginAsServer({ cert, key, authorities, alpnProtocols }: ServerHandshake): void {
     // Nothing but the server's events tells which handshake is over, so each has a server of its own, which takes 0.2 ms.
     const server = runtime.tls.createServer({
       cert,
       key,
       ...(authorities === undefined ? {} : { ca: authorities.texts, requestCert: true, rejectUnauthorized: true }),
       ...(alpnProtocols.length === 0 ? {} : { ALPNProtocols: alpnProtocols }),
-      // `signal` aborts before; but the runtime keeps all of a handshake that failed for as long as this.
-      handshakeTimeout: Math.min(timeout * 2, MAX_HANDSHAKE_MS),
+      // `signal` ends it. A timer of the runtime's own would keep the 13 KB of a handshake that failed until it fires.
+      handshakeTimeout: -1,
     });
     server.on("secureConnection", (socket) => this.#take(socket));
     server.on("tlsClientError", (error) => this.#fail(tlsError(error)));
@@ -3577,7 +3595,6 @@ function tlsError(error: Error): Error {
 interface ServerHandshake extends TlsCertificate {
   readonly authorities: Authorities | undefined;
   readonly alpnProtocols: string[];
-  readonly timeout: number;
 }
 
 /** What a client's handshake takes, checked; `cert` is "" if it has none. */
@@ -3619,7 +3636,7 @@ function serverHandshake(settings: TlsServerSettings, timeout: number): Handshak
   const { cert, key, clientCa, alpnProtocols } = resolveOptions(SERVER_SETTINGS, settings);
   checkCertificate({ cert, key });
   const authorities = settings.clientCa === undefined ? undefined : readAuthorities("clientCa", [clientCa].flat());
-  const checked = { cert, key, authorities, alpnProtocols, timeout };
+  const checked = { cert, key, authorities, alpnProtocols };
   return { timeout, run: (conn, signal) => TlsConn.accept(conn, checked, signal) };
 }
 
@@ -4456,10 +4473,12 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   /**
    * Serves one request, Python's `handle_request()`.
    *
-   * @param options `timeout`: milliseconds to wait for it; default `Infinity`.
+   * @param options `timeout`: milliseconds to wait for it, above 0; default
+   * `Infinity`.
    * @returns Resolves when the request was served, when `handleTimeout()` has run
    * because none came, or when the server was closed. Rejects as `serveForever` does.
    * @throws {Deno.errors.Busy} If the server serves already.
+   * @throws {RangeError} If `timeout` is out of its range.
    *
    * @example
    * ```ts
@@ -4502,8 +4521,8 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
    *    half a second to say their first word.
    * 4. After `grace` the rest are cut off.
    *
-   * It may be called before the start, again (it is the same shutdown), and from
-   * inside a handler: that one is not waited for by the promise, but
+   * It may be called before the start, again (it is the same shutdown, with the
+   * `grace` of the first call; `close()` shortens it), and from inside a handler: that one is not waited for by the promise, but
    * `serveForever()` waits for it. (A handler of datagrams calls it before it
    * awaits anything else; see {@linkcode DatagramServer}.)
    *
@@ -4615,7 +4634,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   /** Is called when `handleRequest()` has waited for its `timeout`. The default does nothing. */
   handleTimeout(): void {}
 
-  /** Is called every 500 ms while `serveForever()` runs, if it is overridden: for chores. The default does nothing. */
+  /** Is called every 500 ms while `serveForever()` accepts, if it is overridden: for chores. The default does nothing. */
   serviceActions(): void | Promise<void> {}
 
   /**
@@ -5476,6 +5495,9 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
  */
 const MAX_BACKLOG = 4_096;
 
+/** listen(2) takes an `int`; of a larger number the runtime makes one that may be 0. */
+const LONGEST_BACKLOG = 2_147_483_647;
+
 /** Where a {@linkcode TcpServer} listens. */
 export interface TcpServerAddress {
   /**
@@ -5488,7 +5510,7 @@ export interface TcpServerAddress {
   /** The port, from 1 to 65535; 0 takes a free one. */
   port: number;
   /**
-   * Connections that may wait in the kernel to be accepted.
+   * Connections that may wait in the kernel to be accepted, from 1 to 2,147,483,647.
    *
    * @default {4_096}
    */
@@ -5545,6 +5567,9 @@ export class TcpServer extends StreamServer<Deno.NetAddr> {
     this.#wanted = resolveOptions(defaults, address);
     checkHostname(this.#wanted.hostname);
     checkPort(address.port);
+    if (this.#wanted.tcpBacklog > LONGEST_BACKLOG) {
+      throw new RangeError(`Option "tcpBacklog" must be ${LONGEST_BACKLOG} or less: it is ${this.#wanted.tcpBacklog}`);
+    }
   }
 
   /** Binds the port and lets clients connect; see {@linkcode BaseServer.listen}. */
@@ -5624,6 +5649,8 @@ export class TlsServer extends TcpServer {
    * @throws {TypeError} If an option does not exist.
    */
   constructor(address: TlsServerAddress, Handler: StreamRequestHandlerClass, options: TlsServerOptions = {}) {
+    checkServerArguments(address, Handler);
+    checkOptions(options);
     const { handshakeTimeout = HANDSHAKE_TIMEOUT_MS, ...others } = options;
     const { cert, key, clientCa, alpnProtocols, ...tcp } = address;
     super(tcp, Handler, others);
@@ -5708,7 +5735,8 @@ export interface UnixServerAddress {
  *
  * A socket file that a dead server has left is replaced; one that is answered, or
  * any other file, is `Deno.errors.AddrInUse`. The file is removed when the server
- * stops, unless it is another's by then.
+ * stops. If it is another's by then, it stays, as long as the program may write to
+ * the folder; else it goes, too, and a sentence says so.
  *
  * It needs `--allow-read` and `--allow-write` of the path, and
  * `--allow-net=unix:PATH`.
@@ -5777,6 +5805,9 @@ export class UnixServer extends StreamServer<Deno.UnixAddr> {
 /** All that the permissions of a file can grant. */
 const MAX_MODE = 0o777;
 
+/** The paths whose servers are closing, and when they are closed. The runtime removes a file late, and would take a successor's for it. */
+const unbinding = new Map<string, Promise<void>>();
+
 /** The file of a Unix socket. A name that begins with `"\0"` has none. */
 class SocketFile {
   readonly path: string;
@@ -5787,9 +5818,11 @@ class SocketFile {
   constructor(address: UnixServerAddress) {
     const defaults: { path: string; mode: number | undefined } = { path: "", mode: undefined };
     const { path, mode } = resolveOptions(defaults, address);
+    checkText("path", path);
     if (path === "") throw new TypeError("Path must not be empty: name the socket file");
     if (mode !== undefined && mode > MAX_MODE) {
-      throw new RangeError(`Option "mode" must be from 0 to 0o777, such as 0o660: it is 0o${mode.toString(8)}`);
+      const octal = mode === Infinity ? "Infinity" : `0o${mode.toString(8)}`;
+      throw new RangeError(`Option "mode" must be from 0 to 0o777, such as 0o660: it is ${octal}`);
     }
     this.path = path;
     this.#mode = mode;
@@ -5797,6 +5830,7 @@ class SocketFile {
 
   /** Runs `open`, which makes the file, in the place of one that nobody answers on. */
   async bind<Socket extends { close(): void }>(open: () => Socket): Promise<Socket> {
+    await unbinding.get(this.path);
     if (fileAt(this.path)?.isSocket) await this.#removeIfStale();
     return this.#make(open);
   }
@@ -5821,23 +5855,31 @@ class SocketFile {
   }
 
   async #removeIfStale(): Promise<void> {
+    const found = fileAt(this.path);
     try {
       const conn = await Deno.connect({ transport: "unix", path: this.path });
       conn.close();
     } catch (error) {
-      // Anything else than this is an answer of some kind, or will meet the bind too.
-      if (error instanceof Deno.errors.ConnectionRefused) Deno.removeSync(this.path);
+      // Anything else than this is an answer of some kind, or will meet the bind too. Meanwhile another may have replaced it.
+      const isStale = error instanceof Deno.errors.ConnectionRefused;
+      if (isStale && isSameFile(fileAt(this.path), found)) Deno.removeSync(this.path);
     }
   }
 
   /** Runs `close`, and leaves no file behind; another's, that has come into its place, stays. Never throws. */
-  async unbind(close: () => void | Promise<void>): Promise<void> {
+  unbind(close: () => void | Promise<void>): Promise<void> {
+    const closed = this.#unbind(close).finally(() => unbinding.delete(this.path));
+    unbinding.set(this.path, closed);
+    return closed;
+  }
+
+  async #unbind(close: () => void | Promise<void>): Promise<void> {
     // The runtime removes whatever has the socket's path, so another's file gets
     // a second name for that moment.
     const aside = this.#othersHavePath ? `${this.path}.${crypto.randomUUID()}` : undefined;
-    if (aside !== undefined) this.#tidyUp(() => Deno.linkSync(this.path, aside));
+    const isKept = aside !== undefined && this.#tidyUp(() => linkQuietly(this.path, aside));
     await close();
-    if (aside !== undefined) this.#tidyUp(() => restoreLink(aside, this.path));
+    if (isKept) this.#tidyUp(() => restoreLink(aside, this.path));
     else if (isSameFile(fileAt(this.path), this.#made)) this.#tidyUp(() => Deno.removeSync(this.path));
   }
 
@@ -5846,11 +5888,14 @@ class SocketFile {
     return present !== undefined && !isSameFile(present, this.#made);
   }
 
-  #tidyUp(action: () => void): void {
+  /** Whether it could be done. */
+  #tidyUp(action: () => void): boolean {
     try {
       action();
+      return true;
     } catch (error) {
       console.error(`Cannot tidy up the socket file ${this.path}: ${messageOf(error)}`);
+      return false;
     }
   }
 }
@@ -5885,14 +5930,27 @@ function fileAt(path: string): Deno.FileInfo | undefined {
   }
 }
 
+/** Gives the file at `path` a second name, but asks nobody on a terminal whether it may: the program ends, perhaps unwatched. */
+function linkQuietly(path: string, aside: string): void {
+  for (const name of ["read", "write"] as const) {
+    if (Deno.permissions.querySync({ name, path: aside }).state === "granted") continue;
+    throw new Deno.errors.NotCapable(
+      `it is another server's by now, and takes --allow-${name} of its folder to keep`,
+    );
+  }
+  Deno.linkSync(path, aside);
+}
+
 /** Gives a file its `path` back, and takes its other name away. */
 function restoreLink(aside: string, path: string): void {
   Deno.renameSync(aside, path);
   if (fileAt(aside) !== undefined) Deno.removeSync(aside); // Both names were there: rename(2) does nothing then.
 }
 
+/** The number of a file that is gone may be a new one's, but that is born later. */
 function isSameFile(file: Deno.FileInfo | undefined, other: Deno.FileInfo | undefined): boolean {
-  return file !== undefined && other !== undefined && file.ino === other.ino && file.dev === other.dev;
+  return file !== undefined && other !== undefined && file.ino === other.ino && file.dev === other.dev &&
+    file.birthtime?.getTime() === other.birthtime?.getTime();
 }
 
 // --- Datagram servers -------------------------------------------------------

@@ -8,6 +8,7 @@ import {
   SocketStream,
   StreamRequestHandler,
   TcpServer,
+  TlsServer,
 } from "../mod.ts";
 import { Echo, FakeListener, networkTest, programTest, rejectionOf, until } from "./testing.ts";
 
@@ -97,6 +98,32 @@ networkTest("listen() resolves port 0, and a second call gives the same address"
   assert(address.port > 0);
   assertEquals(server.listen(), address);
   assertEquals(server.address, address);
+});
+
+const mistakes: [string, string, RegExp][] = [
+  ["an address", "[null]", /^Address must be an object/],
+  ["a hostname", '[{ "port": 0, "hostname": 5 }]', /^Option "hostname" must be a string: it is 5$/],
+  ["options", '[{ "port": 0 }, null]', /^Options must be an object such as \{ timeout: 5_000 \}: they are null$/],
+  ["a text for options", '[{ "port": 0 }, "fast"]', /^Options must be an object/],
+];
+
+for (const [what, json, sentence] of mistakes) {
+  Deno.test(`TcpServer and TlsServer say in one sentence what is wrong with ${what} from plain JavaScript`, async () => {
+    const [address, options] = JSON.parse(json);
+    for (const Server of [TcpServer, TlsServer]) {
+      const error = await rejectionOf(Promise.try(() => new Server(address, Echo, options)));
+      assert(error instanceof TypeError);
+      assertMatch(error.message, sentence);
+    }
+  });
+}
+
+Deno.test("TcpServer refuses a tcpBacklog that the kernel would take for another", async () => {
+  for (const tcpBacklog of [2 ** 31, 2 ** 40, Infinity]) {
+    const error = await rejectionOf(Promise.try(() => new TcpServer({ port: 0, tcpBacklog }, Echo)));
+    assert(error instanceof RangeError);
+    assertMatch(error.message, /"tcpBacklog" must be 2147483647 or less/);
+  }
 });
 
 networkTest("a server listens on this machine only, if it is told no hostname", () => {

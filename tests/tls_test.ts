@@ -548,6 +548,35 @@ tlsTest(`a storm of ${STORM * 4} broken handshakes leaves the server as it was`,
   }, { handshakeTimeout: SHORT_HANDSHAKE_MS });
 });
 
+/** Prints by how many bytes the heap has grown from 500 handshakes that failed at once, long before their deadline. */
+const FAILED_HANDSHAKES = `
+import { socketPair } from ${JSON.stringify(import.meta.resolve("../mod.ts"))};
+const [cert, key] = Deno.args;
+async function fail(count) {
+  for (let failed = 0; failed < count; failed++) {
+    const [client, server] = socketPair();
+    await client.send("GET / HTTP/1.1\\r\\n\\r\\n");
+    await server.startTls({ role: "server", cert, key, handshakeTimeout: 600_000 }).catch(() => {});
+    client.close();
+  }
+  await new Promise((resolve) => setTimeout(resolve, 10));
+  gc();
+  return Deno.memoryUsage().heapUsed;
+}
+const before = await fail(100);
+console.log(await fail(500) - before);
+`;
+
+tlsTest("a handshake that has failed leaves nothing on the heap", async ({ server: { cert, key } }) => {
+  const file = await Deno.makeTempFile({ suffix: ".js" });
+  await Deno.writeTextFile(file, FAILED_HANDSHAKES);
+  const args = ["run", "--no-config", "--v8-flags=--expose-gc", file, cert, key];
+  await using program = Program.start(Deno.execPath(), args);
+  const { stdout } = await program.ended();
+  await Deno.remove(file);
+  assert(stdout !== "" && Number(stdout) < 1_000_000, `${stdout} bytes`); // 13 KB of each were 6.5 MB.
+});
+
 tlsTest("handshakes count as connections, and the deadline makes room", async (certificates) => {
   await serving(certificates, Echo, async (server, port) => {
     using _stalled = await Peer.connect(port);

@@ -9,6 +9,14 @@ function leaveStaleSocket(path: string): void {
   listener.close();
 }
 
+/** A test in a folder of its own that starts other programs. */
+function programFolderTest(name: string, test: (folder: string) => Promise<void>): void {
+  programTest(name, async () => {
+    const folder = await Deno.makeTempDir({ prefix: "socketserver-" });
+    await test(folder).finally(() => Deno.remove(folder, { recursive: true }));
+  });
+}
+
 async function assertServes(path: string): Promise<void> {
   await using client = await connect({ path });
   await client.send("hello\n");
@@ -98,6 +106,64 @@ unixTest("UnixServer does not remove a file that has become another's", async (f
   await assertServes(path);
   assertEquals([...Deno.readDirSync(folder)].length, 1);
 });
+
+unixTest("UnixServer does not remove the file of its successor in the same process", async (folder) => {
+  const path = `${folder}/a.sock`;
+  // A file system may give the number of a file that is gone to the next one.
+  for (let round = 0; round < 10; round++) {
+    const [first, second] = [new UnixServer({ path }, Echo), new UnixServer({ path }, Echo)];
+    await first.listen();
+    const served = first.serveForever();
+    first.close();
+    await second.listen();
+    await served;
+    const serving = second.serveForever();
+    await assertServes(path);
+    await second.shutdown({ grace: 0 });
+    await serving;
+  }
+});
+
+unixTest("of two UnixServers that start at once on a path that nobody answers on, one listens", async (folder) => {
+  const path = `${folder}/a.sock`;
+  leaveStaleSocket(path);
+  const servers = [new UnixServer({ path }, Echo), new UnixServer({ path }, Echo)];
+  const outcomes = await Promise.allSettled(servers.map((server) => server.listen()));
+  const reasons = outcomes.filter((outcome) => outcome.status === "rejected").map(({ reason }) => reason);
+  assertEquals(reasons.length, 1);
+  assert(reasons[0] instanceof Deno.errors.AddrInUse, reasons[0]);
+  for (const server of servers) await server.shutdown();
+});
+
+programFolderTest(
+  "UnixServer that may write to its file only says what it cannot keep, and does not ask",
+  async (folder) => {
+    const path = `${folder}/a.sock`;
+    const program = `
+    import { StreamRequestHandler, UnixServer } from ${JSON.stringify(import.meta.resolve("../mod.ts"))};
+    class Idle extends StreamRequestHandler {
+      override handle() {}
+    }
+    const path = ${JSON.stringify(path)};
+    const server = new UnixServer({ path }, Idle);
+    await server.listen();
+    Deno.removeSync(path);
+    Deno.writeTextFileSync(path, "another's");
+    await server.shutdown();
+  `;
+    const file = `${folder}/main.ts`;
+    await Deno.writeTextFile(file, program);
+    const flags = [`--allow-net=unix:${path}`, `--allow-read=${path}`, `--allow-write=${path}`];
+    const { code, stderr } = await new Deno.Command(Deno.execPath(), { args: ["run", "--no-config", ...flags, file] })
+      .output();
+    assertEquals(code, 0);
+    const [sentence] = new TextDecoder().decode(stderr).split("\n");
+    assertEquals(
+      sentence,
+      `Cannot tidy up the socket file ${path}: it is another server's by now, and takes --allow-read of its folder to keep`,
+    );
+  },
+);
 
 unixTest("UnixServer gives its file the mode", async (folder) => {
   const path = `${folder}/echo.sock`;
