@@ -13,7 +13,9 @@ const PATIENCE_MS = 10_000;
 
 /** What to install when a program is missing. */
 const PACKAGES: Record<string, string> = {
+  haproxy: "haproxy",
   nc: "netcat-openbsd",
+  nginx: "nginx",
   openssl: "openssl",
   python3: "python3",
   socat: "socat",
