@@ -1386,7 +1386,7 @@ function encodeTlvs({ alpnProtocol, authority, uniqueId, networkNamespace, tls, 
     [PROXY_TYPE.uniqueId, uniqueId],
     [PROXY_TYPE.networkNamespace, networkNamespace],
     [PROXY_TYPE.tls, tls && encodeProxyTls(tls)],
-    ...ownTlvs(tlvs, Object.entries(PROXY_TYPE)),
+    ...ownTlvs(tlvs, Object.values(PROXY_TYPE)),
   ]);
 }
 
@@ -1401,17 +1401,16 @@ function encodeProxyTls({ isVerified, tlvs, ...tls }: ProxyTls): Uint8Array {
     [PROXY_TLS_TYPE.cipher, tls.cipher],
     [PROXY_TLS_TYPE.signatureAlgorithm, tls.signatureAlgorithm],
     [PROXY_TLS_TYPE.keyAlgorithm, tls.keyAlgorithm],
-    ...ownTlvs(tlvs, Object.entries(PROXY_TLS_TYPE)),
+    ...ownTlvs(tlvs, Object.values(PROXY_TLS_TYPE)),
   ]);
   return joinBytes(new Uint8Array([client, 0, 0, 0, isVerified ? 0 : 1]), vectors);
 }
 
 /** The caller's own vectors; throws for one that is another option's. */
-function ownTlvs(tlvs: readonly ProxyTlv[], taken: [string, number][]): [number, Uint8Array][] {
+function ownTlvs(tlvs: readonly ProxyTlv[], taken: number[]): [number, Uint8Array][] {
   return tlvs.map(({ type, value }) => {
-    const [option] = taken.find(([, known]) => known === type) ?? [];
-    if (option !== undefined) {
-      throw new TypeError(`A vector of type ${hexadecimal(type)} is "${option}", not of "tlvs"`);
+    if (taken.includes(type)) {
+      throw new TypeError(`A vector of type ${hexadecimal(type)} has a field of its own: it is none of "tlvs"`);
     }
     if (!(Number.isInteger(type) && type >= 0 && type <= 0xff)) {
       throw new RangeError(`The type of a vector must be a whole number from 0 to 255: it is ${Deno.inspect(type)}`);
