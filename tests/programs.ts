@@ -361,6 +361,11 @@ export class Peer implements Disposable {
     return new TextDecoder().decode(await this.#read() ?? undefined);
   }
 
+  /** The bytes that arrive next, `null` at the end of the stream. */
+  async receiveBytes(): Promise<Uint8Array | null> {
+    return await this.#read();
+  }
+
   /** What arrives until it ends in `ending`, or the stream does. */
   async receive(ending: string): Promise<string> {
     let text = "";
