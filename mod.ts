@@ -515,12 +515,6 @@ const STREAM_DEFAULTS: Required<StreamOptions> = {
   highWaterMark: 65_536,
 };
 
-/**
- * Long enough for a slow line, short enough that peers which stall hold few descriptors. PROXY 2 asks for 3 seconds
- * at least, in which a lost segment is sent again.
- */
-const HANDSHAKE_TIMEOUT_MS = 5_000;
-
 /** Without `maxConnections`, `listen()` finds one. */
 type ServerSettings = Omit<Required<ServerOptions>, "maxConnections" | "proxyProtocol"> & {
   maxConnections: number | undefined;
@@ -532,7 +526,9 @@ const SERVER_DEFAULTS: ServerSettings = {
   maxConnections: undefined,
   maxConnectionsPerHost: Infinity,
   proxyProtocol: undefined,
-  handshakeTimeout: HANDSHAKE_TIMEOUT_MS,
+  // Long enough for a slow line, short enough that peers which stall hold few descriptors. PROXY 2 asks for 3 seconds
+  // at least, in which a lost segment is sent again.
+  handshakeTimeout: 5_000,
   grace: 10_000,
   noDelay: true,
 };
@@ -3164,7 +3160,6 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     this.#reader = undefined;
     this.#conn = conn;
     this.#output.goOn(conn);
-    this.#needsWatch = true; // The looks were those of the handshake.
     if (this.#closed) closeQuietly(conn); // It was closed in the same moment.
   }
 
@@ -4516,7 +4511,7 @@ const CLIENT_SETTINGS: Required<TlsClientSettings> = {
 
 /** Checks all options before anything is sent. */
 function prepareHandshake(options: StartTlsOptions): Handshake {
-  const { handshakeTimeout = HANDSHAKE_TIMEOUT_MS } = options;
+  const { handshakeTimeout = SERVER_DEFAULTS.handshakeTimeout } = options;
   checkNumber("handshakeTimeout", handshakeTimeout);
   if (options.role === "server") {
     const { role: _, handshakeTimeout: __, ...settings } = options;
