@@ -896,8 +896,8 @@ export interface ProxyProtocolOptions {
    * The proxies: addresses such as `"192.0.2.1"` and `"2001:db8::1"`, ranges such as
    * `"10.0.0.0/8"` and `"2001:db8::/32"`, and `"unix"` for whoever connects to the
    * socket of a {@linkcode UnixServer}, whose clients have no address. A proxy that
-   * has come as `::ffff:192.0.2.1` is `192.0.2.1`. All of them have to send a header,
-   * and each can name any client that it likes.
+   * has come as `::ffff:192.0.2.1` is `192.0.2.1`, so that `"::/0"` is all of IPv6 only.
+   * All of them have to send a header, and each can name any client that it likes.
    */
   readonly from: readonly string[];
   /**

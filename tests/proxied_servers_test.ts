@@ -18,7 +18,7 @@ import {
 import { type Certificates, withCertificates } from "./certificates.ts";
 import { bytesOf, concat } from "./fake_conn.ts";
 import { FakeServer, Peer } from "./programs.ts";
-import { networkTest, programTest, unixTest, until } from "./testing.ts";
+import { networkTest, programTest, scaled, unixTest, until } from "./testing.ts";
 
 function tcp(hostname: string, port: number): Deno.NetAddr {
   return { transport: "tcp", hostname, port };
@@ -295,6 +295,16 @@ for (const [what, bytes, sentence] of WRONG) {
   });
 }
 
+/** What is no header, each kind of it. */
+const STORMERS: Uint8Array[] = [
+  new Uint8Array(),
+  ...WRONG.map(([, bytes]) => bytes),
+  ...Object.values(HEADERS).map((header) => header.subarray(0, -1)),
+];
+
+/** How many of each. */
+const STORM = scaled(30, 1_000);
+
 networkTest("what is printed of a wrong header is one line without a stack", async () => {
   const printed: unknown[][] = [];
   const { error } = console;
@@ -395,6 +405,28 @@ networkTest("openConnections shows the proxy until it has said whose the connect
     await until(() => server.openConnections[0]?.waitsFor === "lines()");
     assertEquals(shown(), ["203.0.113.7:50000"]);
   });
+});
+
+networkTest(`a storm of ${STORM * STORMERS.length} broken headers leaves the server as it was`, async () => {
+  await serving(async (server, port) => {
+    for (let done = 0; done < STORM; done += 10) {
+      const round = Math.min(10, STORM - done);
+      const peers = await Promise.all(Array.from({ length: round * STORMERS.length }, () => Peer.connect(port)));
+      // The server may have closed it already.
+      await Promise.all(peers.map((peer, index) => peer.send(STORMERS[index % STORMERS.length] ?? "").catch(() => {})));
+      for (const [index, peer] of peers.entries()) if (index % 3 === 0) peer[Symbol.dispose](); // Some leave, some stay.
+      await using honest = await connect({ port, proxyHeader: { source: CLIENT, destination: FRONT } });
+      assertEquals(await honest.readLine(), "203.0.113.7:50000");
+      await until(() => server.stats.active <= 1);
+      for (const [index, peer] of peers.entries()) if (index % 3 !== 0) peer[Symbol.dispose]();
+      await honest.closeWrite();
+      assertEquals(await honest.readLine(), null);
+      await until(() => server.stats.active === 0);
+    }
+    const { handshakeFailures, lost, refused, errors } = server.stats;
+    assertEquals([handshakeFailures + lost, refused, errors], [STORM * STORMERS.length, 0, 0]);
+    assertEquals(server.opened.length, Math.ceil(STORM / 10));
+  }, { ...FROM_LOOPBACK, handshakeTimeout: 300, maxConnectionsPerHost: 1 });
 });
 
 // Limits

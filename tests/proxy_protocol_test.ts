@@ -18,7 +18,7 @@ import { bytesOf, concat, FakeConn, randomNumbers } from "./fake_conn.ts";
 import { FakeListener, rejectionOf, scaled } from "./testing.ts";
 
 /** Headers that are made of any bytes, and good ones with some bytes changed. */
-const FUZZED = scaled(20_000, 2_000_000);
+const FUZZED = scaled(20_000, 1_000_000);
 
 const SEED = 20_261_122;
 
