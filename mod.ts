@@ -6266,8 +6266,9 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
    * Is told of each connection that is taken in, before its TLS handshake and before
    * `verifyRequest()`, but behind the PROXY header where there is one, so that the
    * address is the client's; {@linkcode StreamServer.handleClose} is told of its end,
-   * whatever that is. A connection without the header that it needs is none. Nothing waits for what it returns, and what it throws is
-   * printed and counted in `stats.errors`. The default does nothing.
+   * whatever that is. A connection without the header that it needs is not one.
+   * Nothing waits for what it returns, and what it throws is printed and counted in
+   * `stats.errors`. The default does nothing.
    *
    * @param _request The stream; read nothing from it.
    * @param _clientAddress Whose it is.
