@@ -59,8 +59,9 @@
  * | `handleError()` | server | is what the handler left; runs only if something was thrown |
  *
  * Then the server sends what is still buffered, closes the stream and calls
- * `handleClose()`. A TLS handshake comes after `handleOpen()`; a client that fails
- * in it meets none of the others.
+ * `handleClose()`. A PROXY header, where `proxyProtocol` asks for one, comes before
+ * all of them. A TLS handshake comes after `handleOpen()`; a client that fails in it
+ * meets none of the others.
  *
  * Units are milliseconds and bytes. Everything is bounded: a line and a frame
  * by `limit`, buffered writes by `highWaterMark`. A promise of a stream's
@@ -361,10 +362,38 @@ export interface ServerOptions extends StreamOptions {
    * no limit. One more is closed at once, before a handshake and before any hook,
    * and counted in {@linkcode ServerStats.refused}. {@linkcode hostOf} says what
    * one host is. Clients of a Unix socket have none, so it does not apply to them.
+   * Behind a proxy it counts the clients that the PROXY headers name, and not those
+   * whom they do not name, nor the proxy.
    *
    * @default {Infinity}
    */
   maxConnectionsPerHost?: number;
+  /**
+   * Whose PROXY headers are believed: a proxy such as HAProxy, nginx or a cloud's
+   * load balancer begins each connection that it relays with one, which tells the
+   * client's address. It is read before TLS and before any hook, under
+   * `handshakeTimeout`. Then `remoteAddress`, `clientAddress`, `maxConnectionsPerHost`
+   * and all that is printed are about the client, and `request.proxy` is the header.
+   *
+   * A proxy's connection that begins with something else is closed, counted in
+   * {@linkcode ServerStats.handshakeFailures}, and `handleError()` is told; one that
+   * is closed before it has said anything, as some health checks are, is counted in
+   * {@linkcode ServerStats.lost}. No other hook is told of either.
+   *
+   * @default No header is read, from nobody.
+   */
+  proxyProtocol?: ProxyProtocolOptions;
+  /**
+   * Milliseconds that a client has for what comes before its first byte to a
+   * handler, the PROXY header and the TLS handshake together; above 0, `Infinity`
+   * for ever. A client that takes longer is cut off and counted in
+   * {@linkcode ServerStats.handshakeFailures}; in a TLS handshake, `handleOpen()` and
+   * `handleClose()` are told of it and no other hook, and in a header none. Without
+   * either of them it does nothing.
+   *
+   * @default {5_000}
+   */
+  handshakeTimeout?: number;
   /**
    * Milliseconds that {@linkcode BaseServer.shutdown} lets handlers finish before
    * it cuts them off; 0 cuts at once, `Infinity` waits for ever.
@@ -443,6 +472,14 @@ export interface DialOptions extends StreamOptions {
    * @default {false}
    */
   tls?: boolean | TlsClientSettings;
+  /**
+   * A header of the PROXY protocol that is sent before anything else, before TLS too:
+   * whose connection this program relays, to a server that believes it. Such a server
+   * says nothing before it.
+   *
+   * @default None is sent.
+   */
+  proxyHeader?: ProxyHeaderOptions;
   /** Ends the tries and the waits between them; the promise rejects with its reason. */
   signal?: AbortSignal;
   /**
@@ -479,12 +516,19 @@ const STREAM_DEFAULTS: Required<StreamOptions> = {
 };
 
 /** Without `maxConnections`, `listen()` finds one. */
-type ServerSettings = Omit<Required<ServerOptions>, "maxConnections"> & { maxConnections: number | undefined };
+type ServerSettings = Omit<Required<ServerOptions>, "maxConnections" | "proxyProtocol"> & {
+  maxConnections: number | undefined;
+  proxyProtocol: ProxyProtocolOptions | undefined;
+};
 
 const SERVER_DEFAULTS: ServerSettings = {
   ...STREAM_DEFAULTS,
   maxConnections: undefined,
   maxConnectionsPerHost: Infinity,
+  proxyProtocol: undefined,
+  // Long enough for a slow line, short enough that peers which stall hold few descriptors. PROXY 2 asks for 3 seconds
+  // at least, in which a lost segment is sent again.
+  handshakeTimeout: 5_000,
   grace: 10_000,
   noDelay: true,
 };
@@ -494,7 +538,7 @@ const DATAGRAM_SERVER_DEFAULTS: Required<DatagramServerOptions> = {
   grace: 10_000,
 };
 
-const DIAL_DEFAULTS: Omit<Required<DialOptions>, "signal" | "tls"> = {
+const DIAL_DEFAULTS: Omit<Required<DialOptions>, "signal" | "tls" | "proxyHeader"> = {
   ...STREAM_DEFAULTS,
   retries: 0,
   noDelay: true,
@@ -639,7 +683,7 @@ function canonicalHost(hostname: string): string {
 }
 
 /** The network that one IPv6 customer is given: to count addresses in it would count nobody. */
-const IPV6_NETWORK_GROUPS = 4;
+const IPV6_NETWORK_BYTES = 8;
 
 /**
  * What counts as one host for {@linkcode ServerOptions.maxConnectionsPerHost}: an
@@ -659,24 +703,74 @@ const IPV6_NETWORK_GROUPS = 4;
  */
 export function hostOf(address: Deno.Addr): string | undefined {
   if (!("hostname" in address)) return undefined;
-  const host = canonicalHost(address.hostname.replace(/%.*$/, "")); // Behind it is our own interface.
-  if (!host.startsWith("[")) return host;
-  const groups = ipv6Groups(host.slice(1, -1));
-  const mapped = /^0,0,0,0,0,ffff,(\w+),(\w+)$/.exec(groups.join());
-  if (mapped !== null) return mapped.slice(1).flatMap((group) => bytesOfGroup(group)).join(".");
-  const network = canonicalHost(`${groups.slice(0, IPV6_NETWORK_GROUPS).join(":")}::`);
-  return `${network.slice(1, -1)}/${IPV6_NETWORK_GROUPS * 16}`;
+  const bytes = ipBytes(withoutZone(address.hostname));
+  if (bytes === undefined) return canonicalHost(address.hostname);
+  const unmapped = withoutMapping(bytes);
+  if (unmapped.length === 4) return ipText(unmapped);
+  return `${ipText(joinBytes(bytes.subarray(0, IPV6_NETWORK_BYTES), new Uint8Array(16 - IPV6_NETWORK_BYTES)))}/${
+    IPV6_NETWORK_BYTES * 8
+  }`;
 }
 
-/** The eight numbers of an IPv6 address, in hexadecimal. */
-function ipv6Groups(host: string): string[] {
-  const [left = [], right = []] = host.split("::").map((half) => half.split(":").filter((group) => group !== ""));
-  return [...left, ...Array<string>(8 - left.length - right.length).fill("0"), ...right];
+/** The first bytes of an IPv4 address that is written as one of IPv6; RFC 4291, 2.5.5.2. */
+const MAPPED_PREFIX = new Uint8Array([0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff]);
+
+/** The IPv4 address that `bytes` is in truth, if it is one. */
+function withoutMapping(bytes: Uint8Array): Uint8Array {
+  const isMapped = bytes.length === 16 && MAPPED_PREFIX.every((byte, index) => byte === bytes[index]);
+  return isMapped ? bytes.subarray(MAPPED_PREFIX.length) : bytes;
+}
+
+/** `hostname` without what is behind `%`, which is our own interface. */
+function withoutZone(hostname: string): string {
+  return hostname.replace(/%.*$/, "");
+}
+
+/** The 4 or 16 bytes of an IP address that is written as inet_pton(3) reads it; `undefined` if it is none. */
+function ipBytes(text: string): Uint8Array | undefined {
+  return text.includes(":") ? ipv6Bytes(text) : ipv4Bytes(text);
+}
+
+function ipv4Bytes(text: string): Uint8Array | undefined {
+  const parts = text.split(".");
+  // A leading zero would be octal to some.
+  const areBytes = parts.every((part) => /^(0|[1-9]\d{0,2})$/.test(part) && Number(part) <= 0xff);
+  return parts.length === 4 && areBytes ? Uint8Array.from(parts, Number) : undefined;
+}
+
+function ipv6Bytes(text: string): Uint8Array | undefined {
+  const [left = [], right, ...more] = inGroups(text).split("::").map((half) => half === "" ? [] : half.split(":"));
+  const zeros = 8 - left.length - (right?.length ?? 0);
+  if (more.length > 0 || (right === undefined ? zeros !== 0 : zeros < 1)) return undefined;
+  const groups = [...left, ...Array<string>(zeros).fill("0"), ...right ?? []];
+  if (!groups.every((group) => /^[\da-f]{1,4}$/i.test(group))) return undefined;
+  return Uint8Array.from(groups.flatMap(bytesOfGroup));
+}
+
+/** An IPv6 address whose end is written as one of IPv4, without that. */
+function inGroups(text: string): string {
+  const at = text.lastIndexOf(":") + 1;
+  const bytes = ipv4Bytes(text.slice(at));
+  if (bytes === undefined) return text;
+  return `${text.slice(0, at)}${numberAt(bytes, 0).toString(16)}:${numberAt(bytes, 2).toString(16)}`;
 }
 
 function bytesOfGroup(group: string): [number, number] {
   const value = parseInt(group, 16);
   return [value >> 8, value & 0xff];
+}
+
+/** An IP address as the runtime writes it. */
+function ipText(bytes: Uint8Array): string {
+  const unmapped = withoutMapping(bytes);
+  return unmapped === bytes ? ipDigits(bytes) : `::ffff:${ipDigits(unmapped)}`;
+}
+
+/** An IP address in its canonical form, IPv6 without dots. */
+function ipDigits(bytes: Uint8Array): string {
+  if (bytes.length === 4) return bytes.join(".");
+  const groups = Array.from({ length: 8 }, (_, index) => numberAt(bytes, index * 2).toString(16));
+  return canonicalHost(groups.join(":")).slice(1, -1);
 }
 
 /** The least permissions that opening `address` takes. */
@@ -720,6 +814,708 @@ function explain(error: unknown, address: Deno.Addr): string {
         ? "the name cannot be resolved; check its spelling"
         : messageOf(error);
   }
+}
+
+// --- PROXY protocol ---------------------------------------------------------
+
+/** One type-length-value vector of a PROXY header of version 2. */
+export interface ProxyTlv {
+  /** What it is, from 0 to 255; 0xe0 to 0xef are for applications. */
+  readonly type: number;
+  /** Its bytes, 65,532 at most. */
+  readonly value: Uint8Array;
+}
+
+/** What a proxy says about the TLS connection between its client and itself; PROXY 2.2.6. */
+export interface ProxyTls {
+  /** Whether the client has connected with TLS. */
+  readonly isTls: boolean;
+  /** Whether the client has shown a certificate in this connection. */
+  readonly hasCertificate: boolean;
+  /** Whether the client has shown a certificate in this connection, or in an earlier one whose TLS session it goes on with. */
+  readonly sessionHasCertificate: boolean;
+  /** Whether the client has shown a certificate that the proxy has verified. */
+  readonly isVerified: boolean;
+  /** The version, such as `"TLSv1.3"`. */
+  readonly protocol: string | undefined;
+  /** The common name of the client's certificate. Trust it only with `isVerified`. */
+  readonly commonName: string | undefined;
+  /** The cipher suite, such as `"ECDHE-RSA-AES128-GCM-SHA256"`. */
+  readonly cipher: string | undefined;
+  /** How the proxy's own certificate is signed, such as `"SHA256"`. */
+  readonly signatureAlgorithm: string | undefined;
+  /** The key of the proxy's own certificate, such as `"RSA2048"`. */
+  readonly keyAlgorithm: string | undefined;
+  /** The vectors that have no field here. */
+  readonly tlvs: readonly ProxyTlv[];
+}
+
+/**
+ * What a proxy says about the connection that it relays; `stream.proxy`. Text is
+ * UTF-8; what is none becomes U+FFFD. Of a vector that comes twice the first one
+ * counts.
+ */
+export interface ProxyHeader {
+  /** The version of the format: 1 is a line of text, 2 is binary. */
+  readonly version: 1 | 2;
+  /** `"PROXY"` for a relayed connection, `"LOCAL"` for one of the proxy's own, such as a health check. */
+  readonly command: "PROXY" | "LOCAL";
+  /** The client's address; `undefined` if it is not known, and with `"LOCAL"`. */
+  readonly source: Deno.Addr | undefined;
+  /** The address that the client has connected to; `undefined` where `source` is. */
+  readonly destination: Deno.Addr | undefined;
+  /** The protocol that the client and the proxy have agreed on by ALPN. */
+  readonly alpnProtocol: string | undefined;
+  /** The host that the client has asked for, such as by TLS's SNI. */
+  readonly authority: string | undefined;
+  /** The proxy's name for the connection, of 128 bytes at most. */
+  readonly uniqueId: Uint8Array | undefined;
+  /** The network namespace that the client has come through. */
+  readonly networkNamespace: string | undefined;
+  /** The TLS connection between the client and the proxy, if the proxy tells of it. */
+  readonly tls: ProxyTls | undefined;
+  /** Whether it has a checksum (CRC32c), which was right. */
+  readonly hasChecksum: boolean;
+  /** The vectors that have no field here, such as a cloud's own. */
+  readonly tlvs: readonly ProxyTlv[];
+}
+
+/**
+ * A header that is to be sent: what of a {@linkcode ProxyHeader} is known. One that
+ * was received can be sent on as it is. `version` is 2 and `command` `"PROXY"` by
+ * default; without addresses the client is reported as unknown.
+ */
+export type ProxyHeaderOptions = Partial<Omit<ProxyHeader, "tls">> & {
+  /** The TLS connection of the client. */
+  readonly tls?: Partial<ProxyTls> | undefined;
+};
+
+/** Whose PROXY headers a server believes; {@linkcode ServerOptions.proxyProtocol}. */
+export interface ProxyProtocolOptions {
+  /**
+   * The proxies: addresses such as `"192.0.2.1"` and `"2001:db8::1"`, ranges such as
+   * `"10.0.0.0/8"` and `"2001:db8::/32"`, and `"unix"` for whoever connects to the
+   * socket of a {@linkcode UnixServer}, whose clients have no address. A proxy that
+   * has come as `::ffff:192.0.2.1` is `192.0.2.1`, so that `"::/0"` is all of IPv6 only.
+   * All of them have to send a header, and each can name any client that it likes.
+   */
+  readonly from: readonly string[];
+  /**
+   * What becomes of others: `"refuse"` closes them at once and counts them in
+   * {@linkcode ServerStats.refused}; `"direct"` serves them as they are. A header of
+   * theirs is not looked at, but is the first that the handler reads.
+   *
+   * @default {"refuse"}
+   */
+  readonly others?: "refuse" | "direct";
+}
+
+/** PROXY 2.1: "If the CRLF sequence is not found in the first 107 characters, the receiver should declare the line invalid". */
+const MAX_PROXY_LINE_BYTES = 107;
+
+/**
+ * Eight times the 536 bytes into which clause 2 says that each header fits: room for
+ * long names and a cloud's own vectors, and little to be held for a length that a peer made up.
+ */
+const MAX_PROXY_HEADER_BYTES = 4_096;
+
+/** PROXY 2.2: the first 12 bytes of version 2. */
+const PROXY_SIGNATURE = new Uint8Array([0x0d, 0x0a, 0x0d, 0x0a, 0x00, 0x0d, 0x0a, 0x51, 0x55, 0x49, 0x54, 0x0a]);
+
+/** The signature, version and command, family and transport, and the length of what follows. */
+const PROXY_FIXED_BYTES = 16;
+
+/** How a line of version 1 can begin. */
+const PROXY_LINE_STARTS = ["PROXY TCP4 ", "PROXY TCP6 ", "PROXY UNKNOWN ", "PROXY UNKNOWN\r\n"];
+
+/** PROXY 2.2: the bytes of each family's addresses and ports; the family is the index. */
+const PROXY_ADDRESS_BYTES = [0, 12, 36, 216];
+
+/** The families of addresses that have an index there. */
+const PROXY_FAMILY = { unspecified: 0, ipv4: 1, ipv6: 2, unix: 3 };
+
+/** PROXY 2.2: the protocols over them. */
+const PROXY_TRANSPORT = { unspecified: 0, stream: 1, datagram: 2 };
+
+/** PROXY 2.2: "The addresses are exactly 108 bytes each". */
+const PROXY_PATH_BYTES = 108;
+
+/** PROXY 2.2.5. */
+const MAX_UNIQUE_ID_BYTES = 128;
+
+/** PROXY 2.2: the registered types. */
+const PROXY_TYPE = {
+  alpnProtocol: 0x01,
+  authority: 0x02,
+  checksum: 0x03,
+  padding: 0x04,
+  uniqueId: 0x05,
+  tls: 0x20,
+  networkNamespace: 0x30,
+};
+
+/** PROXY 2.2: the registered types inside of the vector that tells of TLS. */
+const PROXY_TLS_TYPE = { protocol: 0x21, commonName: 0x22, cipher: 0x23, signatureAlgorithm: 0x24, keyAlgorithm: 0x25 };
+
+/** PROXY 2.2.6: the bits of `client`. */
+const PROXY_TLS_FLAG = { isTls: 1, hasCertificate: 2, sessionHasCertificate: 4 };
+
+/** `client` and `verify`. */
+const PROXY_TLS_FIXED_BYTES = 5;
+
+/** Bytes of a wrong header that are quoted. */
+const QUOTED_BYTES = 40;
+
+/** A header that says nothing. */
+const NO_PROXY_HEADER: ProxyHeader = {
+  version: 2,
+  command: "PROXY",
+  source: undefined,
+  destination: undefined,
+  alpnProtocol: undefined,
+  authority: undefined,
+  uniqueId: undefined,
+  networkNamespace: undefined,
+  tls: undefined,
+  hasChecksum: false,
+  tlvs: [],
+};
+
+const NO_PROXY_TLS: ProxyTls = {
+  isTls: false,
+  hasCertificate: false,
+  sessionHasCertificate: false,
+  isVerified: false,
+  protocol: undefined,
+  commonName: undefined,
+  cipher: undefined,
+  signatureAlgorithm: undefined,
+  keyAlgorithm: undefined,
+  tlvs: [],
+};
+
+/**
+ * Parses a header of the
+ * {@link https://www.haproxy.org/download/2.6/doc/proxy-protocol.txt | PROXY protocol},
+ * of version 1 or 2. No I/O. Call it again with more bytes until it is whole.
+ *
+ * It is as strict as the text is: addresses and ports of version 1 have one spelling
+ * (IPv6 as inet_pton(3) reads it), the vectors fill their room exactly, and a
+ * checksum has to be right. A header of version 2 has 4,096 bytes at most. `LOCAL`,
+ * and families and transports that are "unspecified", say nothing of addresses.
+ *
+ * @param bytes The first bytes of a connection; what is behind the header is not looked at.
+ * @returns The header and its length in bytes; `undefined` if more bytes are needed.
+ * @throws {Deno.errors.InvalidData} If these bytes cannot begin a header, as soon as
+ * that is known; the message names the clause.
+ *
+ * @example
+ * ```ts
+ * import { parseProxyHeader } from "@socketserver/socketserver";
+ * import { assertEquals } from "@std/assert";
+ *
+ * const bytes = new TextEncoder().encode("PROXY TCP4 192.168.0.1 192.168.0.11 56324 443\r\nGET /");
+ * const parsed = parseProxyHeader(bytes);
+ * assertEquals(parsed?.header.source, { transport: "tcp", hostname: "192.168.0.1", port: 56324 });
+ * assertEquals(parsed?.length, 47);
+ * assertEquals(parseProxyHeader(bytes.subarray(0, 46)), undefined);
+ * ```
+ */
+export function parseProxyHeader(bytes: Uint8Array): { header: ProxyHeader; length: number } | undefined {
+  return bytes[0] === PROXY_SIGNATURE[0] ? parseBinaryHeader(bytes) : parseTextHeader(bytes);
+}
+
+function wrongHeader(what: string, clause: string): Error {
+  return new Deno.errors.InvalidData(`Cannot read the PROXY header: ${what} (PROXY ${clause})`);
+}
+
+/** The first of `bytes`, to be shown. */
+function quoted(bytes: Uint8Array): string {
+  const text = printable(String.fromCharCode(...bytes.subarray(0, QUOTED_BYTES)));
+  return `"${text}"${bytes.length > QUOTED_BYTES ? "..." : ""}`;
+}
+
+function hexadecimal(byte: number): string {
+  return `0x${byte.toString(16).padStart(2, "0")}`;
+}
+
+function parseTextHeader(bytes: Uint8Array): { header: ProxyHeader; length: number } | undefined {
+  const text = String.fromCharCode(...bytes.subarray(0, MAX_PROXY_LINE_BYTES));
+  if (!PROXY_LINE_STARTS.some((start) => start.startsWith(text.slice(0, start.length)))) {
+    throw wrongHeader(`a connection begins with one, and this one with ${quoted(bytes)}`, "2.2");
+  }
+  const end = text.search(/[\r\n]/);
+  const ending = end < 0 ? "" : text.slice(end, end + 2);
+  if (ending === "\r\n") return { header: parseLine(text.slice(0, end)), length: end + 2 };
+  if (ending !== "" && ending !== "\r") {
+    throw wrongHeader(`its line ends with a single CR or LF: ${quoted(bytes.subarray(0, end + 2))}`, "2.1");
+  }
+  if (text.length < MAX_PROXY_LINE_BYTES) return undefined;
+  throw wrongHeader(`its line has more than ${MAX_PROXY_LINE_BYTES} bytes: ${quoted(bytes)}`, "2.1");
+}
+
+/** Parses a line of version 1 that is whole, without its end. */
+function parseLine(line: string): ProxyHeader {
+  const [, protocol = "", ...fields] = line.split(" ");
+  if (protocol === "UNKNOWN") return { ...NO_PROXY_HEADER, version: 1 };
+  const [source, destination, sourcePort, destinationPort, ...more] = fields;
+  if (destinationPort === undefined || more.length > 0) {
+    throw wrongHeader(`two addresses and two ports follow with single spaces, not "${printable(line)}"`, "2.1");
+  }
+  const addressOf = (host = "", port = "") => parseLineAddress(protocol, host, port);
+  return {
+    ...NO_PROXY_HEADER,
+    version: 1,
+    source: addressOf(source, sourcePort),
+    destination: addressOf(destination, destinationPort),
+  };
+}
+
+function parseLineAddress(protocol: string, host: string, port: string): Deno.NetAddr {
+  const [kind, parse] = protocol === "TCP4" ? ["IPv4", ipv4Bytes] as const : ["IPv6", ipv6Bytes] as const;
+  const bytes = parse(host);
+  if (bytes === undefined) throw wrongHeader(`"${printable(host)}" is no ${kind} address`, "2.1");
+  if (!/^(0|[1-9]\d{0,4})$/.test(port) || Number(port) > 65_535) {
+    throw wrongHeader(`"${printable(port)}" is no port, a number from 0 to 65535 without leading zeros`, "2.1");
+  }
+  return { transport: "tcp", hostname: ipText(bytes), port: Number(port) };
+}
+
+function parseBinaryHeader(bytes: Uint8Array): { header: ProxyHeader; length: number } | undefined {
+  if (!bytes.subarray(0, PROXY_SIGNATURE.length).every((byte, index) => byte === PROXY_SIGNATURE[index])) {
+    throw wrongHeader(`the signature of version 2 begins like ${quoted(bytes)}, and goes on otherwise`, "2.2");
+  }
+  // Bytes that have not come yet are taken for good ones.
+  const [versionAndCommand = 0x20, familyAndTransport = 0] = bytes.subarray(PROXY_SIGNATURE.length);
+  const command = parseCommand(versionAndCommand);
+  const [family, transport] = [familyAndTransport >> 4, familyAndTransport & 0x0f];
+  if (command === "PROXY") checkFamily(family, transport);
+  if (bytes.length < PROXY_FIXED_BYTES) return undefined;
+  const length = PROXY_FIXED_BYTES + numberAt(bytes, PROXY_FIXED_BYTES - 2);
+  if (length > MAX_PROXY_HEADER_BYTES) {
+    throw wrongHeader(`it announces ${length} bytes, and the most that are read are ${MAX_PROXY_HEADER_BYTES}`, "2.2");
+  }
+  const addressBytes = PROXY_ADDRESS_BYTES[family] ?? 0;
+  const saysNothing = command === "LOCAL" || family === PROXY_FAMILY.unspecified ||
+    transport === PROXY_TRANSPORT.unspecified;
+  if (!saysNothing && length < PROXY_FIXED_BYTES + addressBytes) {
+    throw wrongHeader(`it announces ${length} bytes, too few for addresses of family ${family}`, "2.2");
+  }
+  if (bytes.length < length) return undefined;
+  const whole = bytes.subarray(0, length);
+  const tlvs = tlvsIn(whole.subarray(PROXY_FIXED_BYTES + addressBytes));
+  if (tlvs === undefined && !saysNothing) {
+    throw wrongHeader("its type-length-value vectors do not end where it ends", "2.2");
+  }
+  // "Unspecified" addresses may have any length, so what is no vectors is taken for such.
+  const hasChecksum = checkChecksum(whole, tlvs ?? []);
+  if (command === "LOCAL") return { header: { ...NO_PROXY_HEADER, command, hasChecksum }, length };
+  const addresses = saysNothing ? {} : parseAddresses(whole, family, transport);
+  return { header: { ...NO_PROXY_HEADER, ...addresses, ...parseTlvs(tlvs ?? []), hasChecksum }, length };
+}
+
+function parseCommand(versionAndCommand: number): "PROXY" | "LOCAL" {
+  if (versionAndCommand >> 4 !== 2) {
+    throw wrongHeader(`its version is ${versionAndCommand >> 4}, and 2 is the only one in this format`, "2.2");
+  }
+  switch (versionAndCommand & 0x0f) {
+    case 0:
+      return "LOCAL";
+    case 1:
+      return "PROXY";
+    default:
+      throw wrongHeader(`its command is ${versionAndCommand & 0x0f}, and only 0 and 1 are assigned`, "2.2");
+  }
+}
+
+function checkFamily(family: number, transport: number): void {
+  if (family <= PROXY_FAMILY.unix && transport <= PROXY_TRANSPORT.datagram) return;
+  throw wrongHeader(`its family and transport are ${hexadecimal(family << 4 | transport)}, which is none`, "2.2");
+}
+
+/** The big-endian number of two bytes at `at`. */
+function numberAt(bytes: Uint8Array, at: number): number {
+  return (bytes[at] ?? 0) << 8 | (bytes[at + 1] ?? 0);
+}
+
+function parseAddresses(
+  header: Uint8Array,
+  family: number,
+  transport: number,
+): Pick<ProxyHeader, "source" | "destination"> {
+  const block = header.subarray(PROXY_FIXED_BYTES);
+  const isStream = transport === PROXY_TRANSPORT.stream;
+  if (family === PROXY_FAMILY.unix) {
+    const addressAt = (at: number): Deno.UnixAddr => ({
+      transport: isStream ? "unix" : "unixpacket",
+      path: parsePath(block.subarray(at, at + PROXY_PATH_BYTES)),
+    });
+    return { source: addressAt(0), destination: addressAt(PROXY_PATH_BYTES) };
+  }
+  const size = family === PROXY_FAMILY.ipv4 ? 4 : 16;
+  const addressAt = (index: number): Deno.NetAddr => ({
+    transport: isStream ? "tcp" : "udp",
+    hostname: ipText(block.subarray(index * size, (index + 1) * size)),
+    port: numberAt(block, size * 2 + index * 2),
+  });
+  return { source: addressAt(0), destination: addressAt(1) };
+}
+
+/** The path of a Unix socket; a name without a file begins with `"\0"`, and a client may have neither. */
+function parsePath(bytes: Uint8Array): string {
+  const text = decoder.decode(bytes);
+  const end = text.indexOf("\0", 1);
+  return (end < 0 ? text : text.slice(0, end)).replace(/^\0$/, "");
+}
+
+/** The vectors that fill `bytes`; `undefined` if they do not. */
+function tlvsIn(bytes: Uint8Array): ProxyTlv[] | undefined {
+  const tlvs: ProxyTlv[] = [];
+  for (let at = 0; at < bytes.length;) {
+    const end = at + 3 + numberAt(bytes, at + 1);
+    if (at + 3 > bytes.length || end > bytes.length) return undefined;
+    tlvs.push({ type: bytes[at] ?? 0, value: bytes.subarray(at + 3, end) });
+    at = end;
+  }
+  return tlvs;
+}
+
+/** Whether there is a checksum; throws if it is wrong. */
+function checkChecksum(header: Uint8Array, tlvs: ProxyTlv[]): boolean {
+  const [checksum, second] = tlvs.filter(({ type }) => type === PROXY_TYPE.checksum);
+  if (checksum === undefined) return false;
+  const { value } = checksum;
+  if (value.length !== 4 || second !== undefined) {
+    throw wrongHeader("a checksum has 4 bytes, and a header has one at most", "2.2.3");
+  }
+  const copy = header.slice();
+  const at = value.byteOffset - header.byteOffset;
+  copy.fill(0, at, at + 4);
+  const [wanted, found] = [crc32c(copy), new DataView(header.buffer, value.byteOffset, 4).getUint32(0)];
+  if (wanted === found) return true;
+  throw wrongHeader(`its checksum is ${found.toString(16)}, and that of its bytes ${wanted.toString(16)}`, "2.2.3");
+}
+
+function parseTlvs(tlvs: ProxyTlv[]): Partial<ProxyHeader> {
+  const types = Object.values(PROXY_TYPE);
+  const uniqueId = valueOf(tlvs, PROXY_TYPE.uniqueId);
+  if (uniqueId !== undefined && uniqueId.length > MAX_UNIQUE_ID_BYTES) {
+    throw wrongHeader(`its unique id has ${uniqueId.length} bytes, and 128 are the most`, "2.2.5");
+  }
+  const tls = valueOf(tlvs, PROXY_TYPE.tls);
+  return {
+    alpnProtocol: textOf(tlvs, PROXY_TYPE.alpnProtocol),
+    authority: textOf(tlvs, PROXY_TYPE.authority),
+    uniqueId: uniqueId?.slice(),
+    networkNamespace: textOf(tlvs, PROXY_TYPE.networkNamespace),
+    tls: tls === undefined ? undefined : parseProxyTls(tls),
+    tlvs: copiesOf(tlvs.filter(({ type }) => !types.includes(type))),
+  };
+}
+
+function parseProxyTls(value: Uint8Array): ProxyTls {
+  const tlvs = value.length < PROXY_TLS_FIXED_BYTES ? undefined : tlvsIn(value.subarray(PROXY_TLS_FIXED_BYTES));
+  if (tlvs === undefined) throw wrongHeader("the vectors that tell of TLS do not end where they should", "2.2.6");
+  const [client = 0, ...verify] = value.subarray(0, PROXY_TLS_FIXED_BYTES);
+  const has = (flag: number) => (client & flag) !== 0;
+  const [hasCertificate, sessionHasCertificate] = [
+    has(PROXY_TLS_FLAG.hasCertificate),
+    has(PROXY_TLS_FLAG.sessionHasCertificate),
+  ];
+  const types = Object.values(PROXY_TLS_TYPE);
+  return {
+    isTls: has(PROXY_TLS_FLAG.isTls),
+    hasCertificate,
+    sessionHasCertificate,
+    // HAProxy says 0, for "verified", of clients that have shown none, too.
+    isVerified: (hasCertificate || sessionHasCertificate) && verify.every((byte) => byte === 0),
+    protocol: textOf(tlvs, PROXY_TLS_TYPE.protocol),
+    commonName: textOf(tlvs, PROXY_TLS_TYPE.commonName),
+    cipher: textOf(tlvs, PROXY_TLS_TYPE.cipher),
+    signatureAlgorithm: textOf(tlvs, PROXY_TLS_TYPE.signatureAlgorithm),
+    keyAlgorithm: textOf(tlvs, PROXY_TLS_TYPE.keyAlgorithm),
+    tlvs: copiesOf(tlvs.filter(({ type }) => !types.includes(type))),
+  };
+}
+
+function valueOf(tlvs: ProxyTlv[], wanted: number): Uint8Array | undefined {
+  return tlvs.find(({ type }) => type === wanted)?.value;
+}
+
+function textOf(tlvs: ProxyTlv[], wanted: number): string | undefined {
+  const value = valueOf(tlvs, wanted);
+  return value && decoder.decode(value);
+}
+
+/** They outlive the buffer that they came in. */
+function copiesOf(tlvs: ProxyTlv[]): ProxyTlv[] {
+  return tlvs.map(({ type, value }) => ({ type, value: value.slice() }));
+}
+
+/**
+ * Encodes a header of the PROXY protocol, as {@linkcode connect} sends one with the
+ * option `proxyHeader`. No I/O.
+ *
+ * @param options What it says. `source` and `destination` come together, and are of
+ * the same kind; if one is of IPv4 and the other of IPv6, both are sent as IPv6.
+ * @returns The bytes.
+ * @throws {TypeError} If the options contradict each other, such as addresses with
+ * `"LOCAL"` or vectors in version 1; or if one does not exist.
+ * @throws {RangeError} If something is too long for its place.
+ *
+ * @example
+ * ```ts
+ * import { encodeProxyHeader } from "@socketserver/socketserver";
+ * import { assertEquals } from "@std/assert";
+ *
+ * const source = { transport: "tcp", hostname: "2001:db8::1", port: 50_000 } as const;
+ * const destination = { transport: "tcp", hostname: "2001:db8::2", port: 443 } as const;
+ * const bytes = encodeProxyHeader({ version: 1, source, destination });
+ * assertEquals(new TextDecoder().decode(bytes), "PROXY TCP6 2001:db8::1 2001:db8::2 50000 443\r\n");
+ * ```
+ */
+export function encodeProxyHeader(options: ProxyHeaderOptions): Uint8Array {
+  const { tls, ...others } = options;
+  const header = {
+    ...resolveOptions(NO_PROXY_HEADER, others),
+    tls: tls === undefined ? undefined : resolveOptions(NO_PROXY_TLS, tls),
+  };
+  const { version, command, source, destination } = header;
+  if (version !== 1 && version !== 2) {
+    throw new RangeError(`Option "version" must be 1 or 2: it is ${Deno.inspect(version)}`);
+  }
+  if (command !== "PROXY" && command !== "LOCAL") {
+    throw new TypeError(`Option "command" must be "PROXY" or "LOCAL": it is ${Deno.inspect(command)}`);
+  }
+  if ((source === undefined) !== (destination === undefined)) {
+    throw new TypeError("source and destination must be given together: a PROXY header has both or none");
+  }
+  if (command === "LOCAL" && source !== undefined) {
+    throw new TypeError('A header with the command "LOCAL" has no addresses: leave source and destination out');
+  }
+  return version === 1 ? encodeLine(header) : encodeBinaryHeader(header);
+}
+
+function encodeLine(header: ProxyHeader): Uint8Array {
+  if (header.command === "LOCAL" || header.hasChecksum || encodeTlvs(header).length > 0) {
+    throw new TypeError("A PROXY header of version 1 has two addresses and nothing else: take version 2");
+  }
+  const addresses = encodeAddresses(header);
+  if (addresses.transport === PROXY_TRANSPORT.unspecified) return encoder.encode("PROXY UNKNOWN\r\n");
+  const { family, transport, block } = addresses;
+  if (family === PROXY_FAMILY.unix || transport !== PROXY_TRANSPORT.stream) {
+    throw new TypeError("A PROXY header of version 1 has addresses of TCP: take version 2");
+  }
+  const size = family === PROXY_FAMILY.ipv4 ? 4 : 16;
+  const hosts = [0, size].map((at) => ipDigits(block.subarray(at, at + size)));
+  const ports = [0, 2].map((at) => numberAt(block, size * 2 + at));
+  return encoder.encode(`PROXY TCP${size === 4 ? 4 : 6} ${[...hosts, ...ports].join(" ")}\r\n`);
+}
+
+function encodeBinaryHeader(header: ProxyHeader): Uint8Array {
+  const { family, transport, block } = encodeAddresses(header);
+  const checksum = header.hasChecksum ? encodeTlv(PROXY_TYPE.checksum, new Uint8Array(4)) : NO_BYTES;
+  const rest = joinBytes(block, joinBytes(encodeTlvs(header), checksum));
+  if (rest.length > 0xffff) {
+    throw new RangeError(`A PROXY header has 65551 bytes at most: this has ${16 + rest.length}`);
+  }
+  const command = header.command === "LOCAL" ? 0 : 1;
+  const fixed = [0x20 | command, family << 4 | transport, rest.length >> 8, rest.length & 0xff];
+  const bytes = joinBytes(joinBytes(PROXY_SIGNATURE, new Uint8Array(fixed)), rest);
+  // It is the last one, and all 0 until now.
+  if (header.hasChecksum) new DataView(bytes.buffer).setUint32(bytes.length - 4, crc32c(bytes));
+  return bytes;
+}
+
+function encodeAddresses(
+  { source, destination }: ProxyHeader,
+): { family: number; transport: number; block: Uint8Array } {
+  if (source === undefined || destination === undefined) {
+    return { family: PROXY_FAMILY.unspecified, transport: PROXY_TRANSPORT.unspecified, block: NO_BYTES };
+  }
+  if ("path" in source && "path" in destination && source.transport === destination.transport) {
+    const transport = source.transport === "unix" ? PROXY_TRANSPORT.stream : PROXY_TRANSPORT.datagram;
+    const block = joinBytes(encodePath(source.path), encodePath(destination.path));
+    return { family: PROXY_FAMILY.unix, transport, block };
+  }
+  if (!("hostname" in source && "hostname" in destination && source.transport === destination.transport)) {
+    const kinds = `${source.transport} and ${destination.transport}`;
+    throw new TypeError(`source and destination must be of one kind, TCP, UDP or Unix: they are ${kinds}`);
+  }
+  checkPort(source.port);
+  checkPort(destination.port);
+  const transport = source.transport === "tcp" ? PROXY_TRANSPORT.stream : PROXY_TRANSPORT.datagram;
+  const [from, to] = ofOneFamily(hostBytes(source.hostname), hostBytes(destination.hostname));
+  const ports = [source.port >> 8, source.port & 0xff, destination.port >> 8, destination.port & 0xff];
+  const block = joinBytes(joinBytes(from, to), new Uint8Array(ports));
+  return { family: from.length === 4 ? PROXY_FAMILY.ipv4 : PROXY_FAMILY.ipv6, transport, block };
+}
+
+function encodePath(path: string): Uint8Array {
+  const bytes = encoder.encode(path);
+  if (bytes.length > PROXY_PATH_BYTES) {
+    throw new RangeError(`The path of an address has 108 bytes at most in a PROXY header: this has ${bytes.length}`);
+  }
+  return joinBytes(bytes, new Uint8Array(PROXY_PATH_BYTES - bytes.length));
+}
+
+function hostBytes(hostname: string): Uint8Array {
+  const bytes = ipBytes(withoutZone(hostname));
+  if (bytes !== undefined) return bytes;
+  throw new TypeError(`A PROXY header has IP addresses and no names: "${printable(hostname)}" is none`);
+}
+
+/** Both as IPv4, or both as IPv6. */
+function ofOneFamily(one: Uint8Array, other: Uint8Array): [Uint8Array, Uint8Array] {
+  if (one.length === other.length) return [one, other];
+  const [mapped, wide] = [one, other].map((bytes) => bytes.length === 4 ? joinBytes(MAPPED_PREFIX, bytes) : bytes);
+  return [mapped ?? one, wide ?? other];
+}
+
+function encodeTlvs({ alpnProtocol, authority, uniqueId, networkNamespace, tls, tlvs }: ProxyHeader): Uint8Array {
+  if (uniqueId !== undefined && uniqueId.length > MAX_UNIQUE_ID_BYTES) {
+    throw new RangeError(`Option "uniqueId" has 128 bytes at most: it has ${uniqueId.length}`);
+  }
+  return joinTlvs([
+    [PROXY_TYPE.alpnProtocol, alpnProtocol],
+    [PROXY_TYPE.authority, authority],
+    [PROXY_TYPE.uniqueId, uniqueId],
+    [PROXY_TYPE.networkNamespace, networkNamespace],
+    [PROXY_TYPE.tls, tls && encodeProxyTls(tls)],
+    ...ownTlvs(tlvs, Object.values(PROXY_TYPE)),
+  ]);
+}
+
+function encodeProxyTls({ isVerified, tlvs, ...tls }: ProxyTls): Uint8Array {
+  let client = 0;
+  if (tls.isTls) client |= PROXY_TLS_FLAG.isTls;
+  if (tls.hasCertificate) client |= PROXY_TLS_FLAG.hasCertificate;
+  if (tls.sessionHasCertificate) client |= PROXY_TLS_FLAG.sessionHasCertificate;
+  const vectors = joinTlvs([
+    [PROXY_TLS_TYPE.protocol, tls.protocol],
+    [PROXY_TLS_TYPE.commonName, tls.commonName],
+    [PROXY_TLS_TYPE.cipher, tls.cipher],
+    [PROXY_TLS_TYPE.signatureAlgorithm, tls.signatureAlgorithm],
+    [PROXY_TLS_TYPE.keyAlgorithm, tls.keyAlgorithm],
+    ...ownTlvs(tlvs, Object.values(PROXY_TLS_TYPE)),
+  ]);
+  return joinBytes(new Uint8Array([client, 0, 0, 0, isVerified ? 0 : 1]), vectors);
+}
+
+/** The caller's own vectors; throws for one that is another option's. */
+function ownTlvs(tlvs: readonly ProxyTlv[], taken: number[]): [number, Uint8Array][] {
+  return tlvs.map(({ type, value }) => {
+    if (taken.includes(type)) {
+      throw new TypeError(`A vector of type ${hexadecimal(type)} has a field of its own: it is none of "tlvs"`);
+    }
+    if (!(Number.isInteger(type) && type >= 0 && type <= 0xff)) {
+      throw new RangeError(`The type of a vector must be a whole number from 0 to 255: it is ${Deno.inspect(type)}`);
+    }
+    return [type, value];
+  });
+}
+
+function joinTlvs(tlvs: [number, Uint8Array | string | undefined][]): Uint8Array {
+  return tlvs.reduce<Uint8Array>((bytes, [type, value]) => {
+    return value === undefined ? bytes : joinBytes(bytes, encodeTlv(type, bytesOf(value)));
+  }, NO_BYTES);
+}
+
+function encodeTlv(type: number, value: Uint8Array): Uint8Array {
+  if (value.length > 0xffff) throw new RangeError(`A vector has 65535 bytes at most: this has ${value.length}`);
+  return joinBytes(new Uint8Array([type, value.length >> 8, value.length & 0xff]), value);
+}
+
+/** The polynomial of CRC32c with its bits in the other order; RFC 4960, Appendix B. */
+const CRC32C_POLYNOMIAL = 0x82f63b78;
+
+/** What each byte makes of the checksum, made at the first use. */
+let crc32cTable: Uint32Array | undefined;
+
+function crc32c(bytes: Uint8Array): number {
+  const table = crc32cTable ??= Uint32Array.from({ length: 256 }, (_, byte) => {
+    let value = byte;
+    for (let bit = 0; bit < 8; bit++) value = value & 1 ? value >>> 1 ^ CRC32C_POLYNOMIAL : value >>> 1;
+    return value;
+  });
+  let checksum = 0xffff_ffff;
+  for (const byte of bytes) checksum = checksum >>> 8 ^ (table[(checksum ^ byte) & 0xff] ?? 0);
+  return ~checksum >>> 0;
+}
+
+/** What `from` may hold beside addresses: the peers of a Unix socket. */
+const UNIX_PEERS = "unix";
+
+/** Whose headers are believed. */
+class TrustedProxies {
+  readonly refusesOthers: boolean;
+  readonly #ranges: AddressRange[] = [];
+  readonly #hasUnixPeers: boolean;
+
+  constructor(options: ProxyProtocolOptions) {
+    const { from, others } = resolveOptions<Required<ProxyProtocolOptions>>({ from: [], others: "refuse" }, options);
+    if (!Array.isArray(from) || from.length === 0) {
+      throw new TypeError('Option "proxyProtocol.from" must list the proxies, such as ["10.0.0.0/8"]');
+    }
+    if (others !== "refuse" && others !== "direct") {
+      throw new TypeError(
+        `Option "proxyProtocol.others" must be "refuse" or "direct": it is ${Deno.inspect(others)}`,
+      );
+    }
+    for (const entry of from) if (entry !== UNIX_PEERS) this.#ranges.push(parseRange(entry));
+    this.#hasUnixPeers = from.includes(UNIX_PEERS);
+    this.refusesOthers = others === "refuse";
+  }
+
+  has(address: Deno.Addr): boolean {
+    if ("path" in address) return this.#hasUnixPeers;
+    const bytes = "hostname" in address ? ipBytes(withoutZone(address.hostname)) : undefined;
+    if (bytes === undefined) return false;
+    const unmapped = withoutMapping(bytes);
+    return this.#ranges.some((range) => isInRange(unmapped, range));
+  }
+}
+
+/** The addresses that begin with the first `bits` of `bytes`. */
+interface AddressRange {
+  readonly bytes: Uint8Array;
+  readonly bits: number;
+}
+
+function parseRange(entry: unknown): AddressRange {
+  const [text = "", length, ...more] = typeof entry === "string" ? entry.split("/") : [];
+  const bytes = ipBytes(text);
+  const bits = length === undefined ? Infinity : /^(0|[1-9]\d{0,2})$/.test(length) ? Number(length) : NaN;
+  const most = (bytes?.length ?? 0) * 8;
+  if (bytes === undefined || more.length > 0 || Number.isNaN(bits) || (bits !== Infinity && bits > most)) {
+    const examples = 'such as "192.0.2.1", "10.0.0.0/8", "2001:db8::/32" or "unix"';
+    throw new TypeError(`Option "proxyProtocol.from" lists addresses and ranges, ${examples}: it has ${shown(entry)}`);
+  }
+  const kept = Math.min(bits, most);
+  const first = bytes.map((byte, index) => byte & maskOfByte(kept, index));
+  if (first.some((byte, index) => byte !== bytes[index])) {
+    const range = `${ipText(first)}/${kept}`;
+    throw new TypeError(
+      `Option "proxyProtocol.from" has "${text}/${length}", which is an address inside of ${range}: name one of the two`,
+    );
+  }
+  const unmapped = kept >= MAPPED_PREFIX.length * 8 ? withoutMapping(bytes) : bytes;
+  return { bytes: unmapped, bits: kept - (bytes.length - unmapped.length) * 8 };
+}
+
+function shown(entry: unknown): string {
+  return typeof entry === "string" ? `"${printable(entry)}"` : Deno.inspect(entry);
+}
+
+/** The bits of the byte at `index` that are among the first `bits`. */
+function maskOfByte(bits: number, index: number): number {
+  const inByte = Math.min(Math.max(bits - index * 8, 0), 8);
+  return 0xff << 8 - inByte & 0xff;
+}
+
+function isInRange(address: Uint8Array, { bytes, bits }: AddressRange): boolean {
+  if (address.length !== bytes.length) return false;
+  return address.every((byte, index) => (byte & maskOfByte(bits, index)) === bytes[index]);
 }
 
 // --- Deadlines --------------------------------------------------------------
@@ -1031,6 +1827,11 @@ class ReadBuffer {
       value = value * 256 + this.at(littleEndian ? lengthBytes - 1 - index : index);
     }
     return value;
+  }
+
+  /** The first bytes, `count` at most; valid until {@linkcode ReadBuffer.room}. */
+  peek(count: number): Uint8Array<ArrayBuffer> {
+    return this.#bytes.subarray(this.#start, Math.min(this.#start + count, this.#end));
   }
 
   /** Reads `count` bytes away. */
@@ -1653,8 +2454,13 @@ interface StreamControl {
   isSettled(stream: SocketStream): boolean;
   /** Reads, as it is the stream's turn. */
   takeTurn(stream: SocketStream): void;
-  /** Does a handshake that was prepared once for many streams. */
-  startTls(stream: SocketStream, handshake: Handshake): Promise<void>;
+  /**
+   * Reads a PROXY header, for `timeout` milliseconds at most, before anything else is read; resolves to `null` if
+   * the stream ends without a byte.
+   */
+  readProxyHeader(stream: SocketStream, timeout: number): Promise<ProxyHeader | null>;
+  /** Does a handshake that was prepared once for many streams, for `timeout` milliseconds at most. */
+  startTls(stream: SocketStream, handshake: Handshake, timeout: number): Promise<void>;
   /** What it waits for, as {@linkcode OpenConnection.waitsFor} says it. */
   waitsFor(stream: SocketStream): string;
   /** Why it is closed, if it is. */
@@ -1679,8 +2485,8 @@ const turnstile = new Turnstile<SocketStream>((stream) => control.takeTurn(strea
  *
  * Read: `recv`, `read`, `readExactly`, `readUntil`, `readLine`, `lines`, `frames`,
  * `for await`. Write: `write`, `flush`, `send`, `writeFrame`, `closeWrite`.
- * Look: `localAddress`, `remoteAddress`, `bytesRead`, `bytesWritten`, `tls`. Turn:
- * `startTls`.
+ * Look: `localAddress`, `remoteAddress`, `bytesRead`, `bytesWritten`, `tls`, `proxy`,
+ * `proxyAddress`. Turn: `startTls`.
  *
  * Any call rejects with the connection's own error (`Deno.errors.ConnectionReset`,
  * `Deno.errors.BrokenPipe`) when the peer is gone, with `Deno.errors.TimedOut` when
@@ -1710,7 +2516,8 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
       look: (stream, now) => stream.#look(now),
       isSettled: (stream) => stream.#output.idle && stream.#lingering === undefined,
       takeTurn: (stream) => stream.#takeTurn(),
-      startTls: (stream, handshake) => stream.#startTls(handshake),
+      readProxyHeader: (stream, timeout) => stream.#readProxyHeader(timeout),
+      startTls: (stream, handshake, timeout) => stream.#startTls(handshake, timeout, stream.#returnInput()),
       waitsFor: (stream) => stream.#reader?.call ?? (stream.#output.idle ? "handler" : "send()"),
       failureOf: (stream) => stream.#readFailure,
     };
@@ -1748,6 +2555,8 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   #bytesRead = 0;
   /** Whether a read or write that begins has a deadline that nobody looks at often enough yet. */
   #needsWatch: boolean;
+  /** What the proxy has said of the client, where one has. */
+  #proxy: ProxyHeader | undefined;
   readonly #rest = new Standstill();
   readonly #stalledWrite = new Standstill();
   #readable: ReadableStream<Uint8Array<ArrayBuffer>> | undefined;
@@ -1784,17 +2593,27 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     this.#needsWatch = timeout < always;
   }
 
-  /** The address of this end. */
+  /** The address of this end; behind a proxy the one that the client has connected to, if the proxy has told. */
   get localAddress(): Deno.Addr {
-    return this.#conn.localAddr;
+    return this.#proxy?.destination ?? this.#conn.localAddr;
   }
 
-  /** The address of the peer. */
+  /** The address of the peer; behind a proxy the client's, if the proxy has told. */
   get remoteAddress(): Deno.Addr {
-    return this.#conn.remoteAddr;
+    return this.#proxy?.source ?? this.#conn.remoteAddr;
   }
 
-  /** Bytes that arrived so far, those that wait to be read included. */
+  /** What a trusted proxy has said of this connection, with {@linkcode ServerOptions.proxyProtocol}; `undefined` if there was none. */
+  get proxy(): ProxyHeader | undefined {
+    return this.#proxy;
+  }
+
+  /** The address of the proxy that has sent `proxy`. */
+  get proxyAddress(): Deno.Addr | undefined {
+    return this.#proxy && this.#conn.remoteAddr;
+  }
+
+  /** Bytes that arrived so far, those that wait to be read included; a PROXY header is not among them. */
   get bytesRead(): number {
     return this.#bytesRead;
   }
@@ -2290,13 +3109,13 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * ```
    */
   async startTls(options: StartTlsOptions): Promise<void> {
-    await this.#startTls(prepareHandshake(options));
+    const handshake = prepareHandshake(options);
+    await this.#startTls(handshake, handshake.timeout, this.#conn);
   }
 
-  async #startTls(handshake: Handshake): Promise<void> {
+  async #startTls(handshake: Handshake, timeout: number, conn: StreamConn): Promise<void> {
     this.#checkReadyForTls();
     const interruption = new AbortController();
-    const { timeout } = handshake;
     // It is a read like any other: a second one is refused, and it has its deadline.
     this.#reader = {
       call: "startTls()",
@@ -2313,7 +3132,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     this.#watchFor(timeout);
     try {
       await this.#output.hold();
-      this.#adopt(await handshake.run(this.#conn, interruption.signal));
+      this.#adopt(await handshake.run(conn, interruption.signal));
     } catch (error) {
       this.#reader = undefined;
       this.#cut(error);
@@ -2341,8 +3160,42 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     this.#reader = undefined;
     this.#conn = conn;
     this.#output.goOn(conn);
-    this.#needsWatch = true; // The looks were those of the handshake.
     if (this.#closed) closeQuietly(conn); // It was closed in the same moment.
+  }
+
+  #readProxyHeader(timeout: number): Promise<ProxyHeader | null> {
+    const reader = new Reader("PROXY header", () => this.#takeProxyHeader());
+    reader.startsMessage = false; // It comes before the first one.
+    const answer = reader.wait(timeout);
+    this.#reader = reader;
+    this.#watchFor(timeout);
+    if (this.#readFailed) this.#rejectReader();
+    else this.#advance();
+    return answer;
+  }
+
+  #takeProxyHeader(): ProxyHeader | null | typeof MORE {
+    const { length } = this.#input;
+    const parsed = parseProxyHeader(this.#input.peek(MAX_PROXY_HEADER_BYTES));
+    if (parsed !== undefined) {
+      this.#input.skip(parsed.length);
+      this.#bytesRead -= parsed.length; // They are not the client's.
+      return this.#proxy = parsed.header;
+    }
+    if (!this.#ended) return MORE;
+    if (length === 0) return null;
+    throw wrongHeader(`the connection has ended after ${length} bytes of it`, "2");
+  }
+
+  /**
+   * The connection, with what came behind a PROXY header and nobody has read yet as its first bytes: the header came
+   * before TLS, and these are the first ones of TLS.
+   */
+  #returnInput(): StreamConn {
+    const { length } = this.#input;
+    if (this.#proxy === undefined || length === 0) return this.#conn;
+    this.#bytesRead -= length;
+    return new RefilledConn(this.#conn, this.#input.take(length));
   }
 
   /** The incoming side as a web stream, made at the first use. Cancelling it closes both sides; reading its end does not. */
@@ -2642,7 +3495,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
   #watchFor(ms: number): void {
     if (this.#closed || ms === Infinity) return;
-    this.#needsWatch = false;
+    this.#needsWatch = ms > this.#timeout;
     deadlines.watch(this, ms);
   }
 
@@ -2687,6 +3540,45 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     this.#reader = undefined;
     const message = `${reader.call} waited for the timeout of ${reader.timeout} ms`;
     reader.reject(noteOrigin(new Deno.errors.TimedOut(message), this));
+  }
+}
+
+/** A connection whose first bytes were read already. */
+class RefilledConn implements StreamConn {
+  readonly #conn: StreamConn;
+  #first: Uint8Array;
+
+  constructor(conn: StreamConn, first: Uint8Array) {
+    this.#conn = conn;
+    this.#first = first;
+  }
+
+  get localAddr(): Deno.Addr {
+    return this.#conn.localAddr;
+  }
+
+  get remoteAddr(): Deno.Addr {
+    return this.#conn.remoteAddr;
+  }
+
+  read(into: Uint8Array): Promise<number | null> {
+    if (this.#first.length === 0) return this.#conn.read(into);
+    const part = this.#first.subarray(0, into.length);
+    into.set(part);
+    this.#first = this.#first.subarray(part.length);
+    return Promise.resolve(part.length);
+  }
+
+  write(data: Uint8Array): Promise<number> {
+    return this.#conn.write(data);
+  }
+
+  closeWrite(): Promise<void> {
+    return this.#conn.closeWrite();
+  }
+
+  close(): void {
+    this.#conn.close();
   }
 }
 
@@ -3021,9 +3913,6 @@ export interface TlsSession {
    */
   readonly truncated: boolean;
 }
-
-/** Long enough for a slow line, short enough that peers which stall hold few descriptors. */
-const HANDSHAKE_TIMEOUT_MS = 5_000;
 
 /** Bytes that are encrypted at once, so that a stalled peer is noticed in the middle of a large write. */
 const TLS_WRITE_BYTES = 65_536;
@@ -3622,7 +4511,7 @@ const CLIENT_SETTINGS: Required<TlsClientSettings> = {
 
 /** Checks all options before anything is sent. */
 function prepareHandshake(options: StartTlsOptions): Handshake {
-  const { handshakeTimeout = HANDSHAKE_TIMEOUT_MS } = options;
+  const { handshakeTimeout = SERVER_DEFAULTS.handshakeTimeout } = options;
   checkNumber("handshakeTimeout", handshakeTimeout);
   if (options.role === "server") {
     const { role: _, handshakeTimeout: __, ...settings } = options;
@@ -3673,7 +4562,7 @@ const RETRY_MAX_MS = 5_000;
  * Opens a connection to a server.
  *
  * @param options Where to: `{ hostname, port }` or `{ path }`; and how:
- * `timeout`, `retries`, `signal`, and the stream's own options.
+ * `timeout`, `retries`, `signal`, `tls`, `proxyHeader`, and the stream's own options.
  * @returns Resolves to the open stream, which is the caller's to close.
  * @throws {Deno.errors.ConnectionRefused} If nobody listens there. This error and
  * the next two say what was dialled, why it failed and after how many tries; they
@@ -3702,12 +4591,12 @@ const RETRY_MAX_MS = 5_000;
  * ```
  */
 export async function connect(options: ConnectOptions): Promise<SocketStream> {
-  const { address, signal, handshake, dial } = resolveConnectOptions(options);
+  const { address, signal, preamble, dial } = resolveConnectOptions(options);
   const { retries, noDelay: _, ...streamOptions } = dial;
   for (let tries = 1;; tries++) {
     signal?.throwIfAborted();
     try {
-      return new SocketStream(await dialOnce(address, dial, handshake, signal), streamOptions);
+      return new SocketStream(await dialOnce(address, dial, preamble, signal), streamOptions);
     } catch (error) {
       signal?.throwIfAborted();
       if (tries > retries || !isWorthRetrying(error)) throw dialError(error, address, tries);
@@ -3718,38 +4607,52 @@ export async function connect(options: ConnectOptions): Promise<SocketStream> {
 
 type DialSettings = typeof DIAL_DEFAULTS;
 
+/** What comes before the first byte of the caller's. */
+interface Preamble {
+  /** Empty where there is none. */
+  readonly proxyHeader: Uint8Array;
+  readonly handshake: Handshake | undefined;
+}
+
 function resolveConnectOptions(options: ConnectOptions): {
   address: Deno.NetAddr | Deno.UnixAddr;
   signal: AbortSignal | undefined;
-  handshake: Handshake | undefined;
+  preamble: Preamble;
   dial: DialSettings;
 } {
   if ("path" in options) {
-    const { path, signal, tls, ...others } = options;
+    const { path, signal, tls, proxyHeader, ...others } = options;
     const dial = resolveOptions(DIAL_DEFAULTS, others);
-    return { address: { transport: "unix", path }, signal, handshake: dialHandshake(tls, "", dial), dial };
+    const preamble = resolvePreamble({ tls, proxyHeader }, "", dial);
+    return { address: { transport: "unix", path }, signal, preamble, dial };
   }
-  const { hostname = "127.0.0.1", port, signal, tls, ...others } = options;
+  const { hostname = "127.0.0.1", port, signal, tls, proxyHeader, ...others } = options;
   checkHostname(hostname);
   checkPort(port);
   const dial = resolveOptions(DIAL_DEFAULTS, others);
-  return { address: { transport: "tcp", hostname, port }, signal, handshake: dialHandshake(tls, hostname, dial), dial };
+  const preamble = resolvePreamble({ tls, proxyHeader }, hostname, dial);
+  return { address: { transport: "tcp", hostname, port }, signal, preamble, dial };
 }
 
-function dialHandshake(
-  tls: boolean | TlsClientSettings | undefined,
+function resolvePreamble(
+  { tls = false, proxyHeader }: {
+    tls: boolean | TlsClientSettings | undefined;
+    proxyHeader: ProxyHeaderOptions | undefined;
+  },
   serverName: string,
   { timeout }: DialSettings,
-): Handshake | undefined {
-  if (tls === undefined || tls === false) return undefined;
-  return clientHandshake({ serverName, ...(tls === true ? {} : tls) }, timeout);
+): Preamble {
+  return {
+    proxyHeader: proxyHeader === undefined ? NO_BYTES : encodeProxyHeader(proxyHeader),
+    handshake: tls === false ? undefined : clientHandshake({ serverName, ...(tls === true ? {} : tls) }, timeout),
+  };
 }
 
 /** One try, which ends at `timeout` whatever the system does meanwhile. */
 async function dialOnce(
   address: Deno.NetAddr | Deno.UnixAddr,
   { timeout, noDelay }: DialSettings,
-  handshake: Handshake | undefined,
+  preamble: Preamble,
   signal: AbortSignal | undefined,
 ): Promise<StreamConn> {
   const ended = new AbortController();
@@ -3764,7 +4667,7 @@ async function dialOnce(
     ended.abort(error);
   }
   signal?.addEventListener("abort", onAbort);
-  const dialing = open(address, noDelay, handshake, ended.signal);
+  const dialing = open(address, noDelay, preamble, ended.signal);
   try {
     return await Promise.race([dialing, gaveUp]);
   } catch (error) {
@@ -3780,11 +4683,21 @@ async function dialOnce(
 async function open(
   address: Deno.NetAddr | Deno.UnixAddr,
   noDelay: boolean,
-  handshake: Handshake | undefined,
+  { proxyHeader, handshake }: Preamble,
   signal: AbortSignal,
 ): Promise<StreamConn> {
   const conn = await openPlain(address, noDelay, signal);
+  if (proxyHeader.length > 0) await writeAllOrClose(conn, proxyHeader);
   return await handshake?.run(conn, signal) ?? conn;
+}
+
+async function writeAllOrClose(conn: Deno.Conn, bytes: Uint8Array): Promise<void> {
+  try {
+    for (let rest = bytes; rest.length > 0;) rest = rest.subarray(await conn.write(rest));
+  } catch (error) {
+    closeQuietly(conn);
+    throw error;
+  }
 }
 
 async function openPlain(
@@ -4130,11 +5043,20 @@ export interface ServerStats {
   readonly timedOut: number;
   /** Errors that were thrown by handlers or hooks, besides those. */
   readonly errors: number;
-  /** Clients that left before they were accepted, and datagrams that could not be received. */
+  /**
+   * Clients that left before they were accepted, proxies that left without a byte, and datagrams that could not be
+   * received.
+   */
   readonly lost: number;
-  /** Connections that were closed at once, as their host had `maxConnectionsPerHost` already. */
+  /**
+   * Connections that were closed at once: their host had `maxConnectionsPerHost` already, or they came from elsewhere
+   * than the proxies of `proxyProtocol`.
+   */
   readonly refused: number;
-  /** Clients whose TLS handshake failed or took too long, or that have no certificate where one is asked for. */
+  /**
+   * Clients whose TLS handshake failed or took too long, or that have no certificate where one is asked for, and
+   * proxies whose PROXY header was wrong or took too long.
+   */
   readonly handshakeFailures: number;
   /** Datagrams that came while as many were served as may be. */
   readonly dropped: number;
@@ -4178,8 +5100,9 @@ export interface OpenConnection {
   readonly bytesWritten: number;
   /**
    * What it waits for: a call that reads, such as `"readLine()"` or `"for await"`;
-   * `"send()"` while the client has not taken all that was written; `"startTls()"` in
-   * a handshake; else `"handler"`, for something that is not the client's.
+   * `"send()"` while the client has not taken all that was written; `"PROXY header"`
+   * while its proxy has not said whose it is; `"startTls()"` in a handshake; else
+   * `"handler"`, for something that is not the client's.
    */
   readonly waitsFor: string;
 }
@@ -4200,7 +5123,8 @@ type Phase = "new" | "listening" | "draining" | "closed" | "ended";
 /** One request that is being served. */
 interface Exchange<Request> {
   readonly request: Request;
-  readonly clientAddress: Deno.Addr;
+  /** The proxy's, until it has said whose request it relays. */
+  clientAddress: Deno.Addr;
   /** Where it is among those that are active. */
   index: number;
   /** When it came, in the time of `performance.now()`; a datagram's is 0 but in a shutdown. */
@@ -4759,6 +5683,13 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
     await this.runHook("handleError", () => this.handleError(error, clientAddress));
   }
 
+  /** Reports what a client has done wrong before it could be served, which is counted elsewhere; never rejects. */
+  protected async reportMisuse(error: unknown, clientAddress: Deno.Addr): Promise<void> {
+    this.#reported.set(error, { isOfClient: true, isPrinted: true });
+    await this.runHook("handleError", () => this.handleError(error, clientAddress));
+    this.#reported.delete(error);
+  }
+
   async #reportExchange(error: unknown, exchange: Exchange<Request>): Promise<void> {
     const errors = error instanceof SuppressedError ? [error.suppressed, error.error] : [error];
     for (const error of errors) {
@@ -4904,8 +5835,15 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   async #processWhenReady(preparing: Promise<boolean>, exchange: Exchange<Request>): Promise<void> {
-    if (await preparing) await this.#processPrepared(exchange);
+    const isReady = await preparing;
+    this.#learnClient(exchange);
+    if (isReady) await this.#processPrepared(exchange);
     else exchange.reason = "handshakeFailed";
+  }
+
+  /** A proxy may have told meanwhile whose request it relays. */
+  #learnClient(exchange: Exchange<Request>): void {
+    exchange.clientAddress = this.clientAddressOf(exchange.request);
   }
 
   #processPrepared(exchange: Exchange<Request>): Promise<void> {
@@ -5080,6 +6018,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   #cut(exchange: Exchange<Request>): void {
     if (exchange.isCut) return;
     exchange.isCut = true;
+    this.#learnClient(exchange);
     const { request, clientAddress, since } = exchange;
     this.#cutOff.push(clientAddress);
     this.cutRequest(request, new Deno.errors.BadResource("The server has closed the connection"));
@@ -5214,6 +6153,9 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   readonly #hosts: HostCounts;
   /** The hosts of the requests that are counted there. */
   readonly #hostOf = new WeakMap<SocketStream, string>();
+  readonly #proxies: TrustedProxies | undefined;
+  /** Those whose proxy has not said yet whose they are; no hook was told of them. */
+  readonly #awaitingHeader = new WeakSet<SocketStream>();
   #listener: Deno.Listener | undefined;
   #accepting: Promise<Deno.Conn> | undefined;
 
@@ -5232,6 +6174,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     this.#streamOptions = resolveStreamOptions({ timeout, idleTimeout, maxLifetime, limit, highWaterMark });
     this.#maxConnections = resolved.maxConnections ?? Infinity;
     this.#hosts = new HostCounts(resolved.maxConnectionsPerHost);
+    this.#proxies = resolved.proxyProtocol === undefined ? undefined : new TrustedProxies(resolved.proxyProtocol);
   }
 
   /** The most connections that are served at the same time: the option, or what `listen()` has found in its place. */
@@ -5257,8 +6200,8 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
    */
   get openConnections(): OpenConnection[] {
     const now = performance.now();
-    const connections = this.openRequests.map(({ request, clientAddress, since }) => ({
-      clientAddress,
+    const connections = this.openRequests.map(({ request, since }) => ({
+      clientAddress: request.remoteAddress,
       age: now - since,
       bytesRead: request.bytesRead,
       bytesWritten: request.bytesWritten,
@@ -5321,9 +6264,11 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
 
   /**
    * Is told of each connection that is taken in, before its TLS handshake and before
-   * `verifyRequest()`; {@linkcode StreamServer.handleClose} is told of its end,
-   * whatever that is. Nothing waits for what it returns, and what it throws is
-   * printed and counted in `stats.errors`. The default does nothing.
+   * `verifyRequest()`, but behind the PROXY header where there is one, so that the
+   * address is the client's; {@linkcode StreamServer.handleClose} is told of its end,
+   * whatever that is. A connection without the header that it needs is not one.
+   * Nothing waits for what it returns, and what it throws is printed and counted in
+   * `stats.errors`. The default does nothing.
    *
    * @param _request The stream; read nothing from it.
    * @param _clientAddress Whose it is.
@@ -5386,8 +6331,11 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
 
   /** The request of `conn`, unless its host has too many already. Only an overridden `getRequest()` throws. */
   async #tryToGetRequest(conn: Deno.Conn): Promise<SocketStream | undefined> {
-    const host = this.#options.maxConnectionsPerHost === Infinity ? undefined : hostOf(conn.remoteAddr);
-    if (host !== undefined && !this.#hosts.enter(host)) {
+    const isProxy = this.#proxies?.has(conn.remoteAddr) === true;
+    // A proxy's clients are counted when they are known, and the proxy never.
+    const host = isProxy ? undefined : this.#limitedHostOf(conn.remoteAddr);
+    const isUnwanted = !isProxy && this.#proxies?.refusesOthers === true;
+    if (isUnwanted || (host !== undefined && !this.#hosts.enter(host))) {
       closeQuietly(conn);
       return this.countIncident("refused");
     }
@@ -5397,6 +6345,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
         throw new TypeError(`getRequest() must return a SocketStream: it has returned ${kindOf(request)}`);
       }
       if (host !== undefined) this.#hostOf.set(request, host);
+      if (isProxy) this.#awaitingHeader.add(request);
       return request;
     } catch (error) {
       if (host !== undefined) this.#hosts.leave(host);
@@ -5406,9 +6355,62 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     }
   }
 
-  /** Tells the hook. */
-  protected override noteBegun(request: SocketStream, clientAddress: Deno.Addr): void {
-    this.runHook("handleOpen", () => this.handleOpen(request, clientAddress));
+  /** The host of `address`, if hosts are counted and it has one. */
+  #limitedHostOf(address: Deno.Addr): string | undefined {
+    return this.#options.maxConnectionsPerHost === Infinity ? undefined : hostOf(address);
+  }
+
+  /** Milliseconds that the PROXY header and the TLS handshake may take together. */
+  protected get handshakeTimeout(): number {
+    return this.#options.handshakeTimeout;
+  }
+
+  /** Reads the PROXY header, where one is due. */
+  protected override prepareRequest(request: SocketStream): Promise<boolean> | undefined {
+    return this.#awaitingHeader.has(request) ? this.#learnClient(request) : undefined;
+  }
+
+  /** Whether the proxy has said whose connection it is, and that client may have one more. */
+  async #learnClient(request: SocketStream): Promise<boolean> {
+    const header = await this.#readProxyHeader(request);
+    // It may have been cut off in the same moment.
+    if (header === undefined || !this.#awaitingHeader.has(request)) return false;
+    const host = header.source && this.#limitedHostOf(header.source);
+    if (host !== undefined) {
+      if (!this.#hosts.enter(host)) {
+        this.countIncident("refused");
+        return false;
+      }
+      this.#hostOf.set(request, host);
+    }
+    this.#awaitingHeader.delete(request);
+    this.#tellOpen(request);
+    return true;
+  }
+
+  /** The header; `undefined` if there is none, which is counted. */
+  async #readProxyHeader(request: SocketStream): Promise<ProxyHeader | undefined> {
+    const proxy = request.remoteAddress;
+    try {
+      const header = await control.readProxyHeader(request, this.handshakeTimeout);
+      return header ?? this.countIncident("lost"); // A health check connects and leaves.
+    } catch (error) {
+      // The deadline or the shutdown was ours.
+      const isOurs = error instanceof Deno.errors.TimedOut || error instanceof Deno.errors.BadResource;
+      if (!isOurs && request.bytesRead === 0) return this.countIncident("lost"); // Another check leaves with a reset.
+      this.countIncident("handshakeFailures");
+      if (!isOurs) await this.reportMisuse(error, proxy);
+      return undefined;
+    }
+  }
+
+  /** Tells the hook, unless it is not known yet whose connection it is. */
+  protected override noteBegun(request: SocketStream, _clientAddress: Deno.Addr): void {
+    if (!this.#awaitingHeader.has(request)) this.#tellOpen(request);
+  }
+
+  #tellOpen(request: SocketStream): void {
+    this.runHook("handleOpen", () => this.handleOpen(request, request.remoteAddress));
   }
 
   /** Lets the client's host have another connection, and tells the hook. */
@@ -5420,6 +6422,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   ): void {
     const host = this.#hostOf.get(request);
     if (host !== undefined) this.#hosts.leave(host);
+    if (this.#awaitingHeader.delete(request)) return; // It was nobody's.
     const { bytesRead, bytesWritten } = request;
     const report = { reason, duration: performance.now() - since, bytesRead, bytesWritten };
     this.runHook("handleClose", () => this.handleClose(report, clientAddress));
@@ -5461,9 +6464,13 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     return request;
   }
 
-  /** Ends a stream that waits for a new message. */
+  /** Ends a stream that waits for a new message, and one whose PROXY header takes too long for a shutdown. */
   protected override endRequest(request: SocketStream, isLate: boolean): void {
-    if (isLate || request.bytesRead > 0) control.endBetweenMessages(request, isLate);
+    if (!this.#awaitingHeader.has(request)) {
+      if (isLate || request.bytesRead > 0) control.endBetweenMessages(request, isLate);
+    } else if (isLate) {
+      this.cutRequest(request, new Deno.errors.BadResource("The server shuts down"));
+    }
   }
 
   /** Sends what is buffered and closes the stream; rejects if not all could be sent. */
@@ -5590,17 +6597,7 @@ export class TcpServer extends StreamServer<Deno.NetAddr> {
 export interface TlsServerAddress extends TcpServerAddress, TlsServerSettings {}
 
 /** What a {@linkcode TlsServer} is told when it is made, besides its address. */
-export interface TlsServerOptions extends ServerOptions {
-  /**
-   * Milliseconds that a client's TLS handshake may take; above 0, `Infinity` for
-   * ever. A client that takes longer is cut off and counted in
-   * {@linkcode ServerStats.handshakeFailures}; of the hooks only `handleOpen()` and
-   * `handleClose()` are told of it.
-   *
-   * @default {5_000}
-   */
-  handshakeTimeout?: number;
-}
+export type TlsServerOptions = ServerOptions;
 
 /**
  * A TCP server whose streams are encrypted. `this.request.tls` says what the
@@ -5634,7 +6631,6 @@ export interface TlsServerOptions extends ServerOptions {
  */
 export class TlsServer extends TcpServer {
   readonly #settings: TlsServerSettings;
-  readonly #handshakeTimeout: number;
   readonly #handshaking = new Set<SocketStream>();
   #handshake: Handshake | undefined;
 
@@ -5650,12 +6646,8 @@ export class TlsServer extends TcpServer {
    */
   constructor(address: TlsServerAddress, Handler: StreamRequestHandlerClass, options: TlsServerOptions = {}) {
     checkServerArguments(address, Handler);
-    checkOptions(options);
-    const { handshakeTimeout = HANDSHAKE_TIMEOUT_MS, ...others } = options;
     const { cert, key, clientCa, alpnProtocols, ...tcp } = address;
-    super(tcp, Handler, others);
-    checkNumber("handshakeTimeout", handshakeTimeout);
-    this.#handshakeTimeout = handshakeTimeout;
+    super(tcp, Handler, options);
     this.#settings = {
       cert,
       key,
@@ -5689,12 +6681,16 @@ export class TlsServer extends TcpServer {
     this.#handshake = this.#prepare({ ...this.#settings, cert, key });
   }
 
-  /** Does the handshake. */
+  /** Reads the PROXY header, where one is due, and does the handshake in the time that is left. */
   protected override async prepareRequest(request: SocketStream): Promise<boolean> {
     if (this.#handshake === undefined) return false; // It does not listen.
+    const begun = performance.now();
+    const preparing = super.prepareRequest(request);
+    if (preparing !== undefined && !await preparing) return false;
+    const left = Math.max(this.handshakeTimeout - (performance.now() - begun), 1);
     this.#handshaking.add(request);
     try {
-      await control.startTls(request, this.#handshake);
+      await control.startTls(request, this.#handshake, left);
       return true;
     } catch {
       // It is the client's own trouble, and anybody on the network can be one.
@@ -5712,7 +6708,7 @@ export class TlsServer extends TcpServer {
   }
 
   #prepare(settings: TlsServerSettings): Handshake {
-    return serverHandshake(settings, this.#handshakeTimeout);
+    return serverHandshake(settings, this.handshakeTimeout);
   }
 }
 
@@ -5776,6 +6772,9 @@ export class UnixServer extends StreamServer<Deno.UnixAddr> {
   constructor(address: UnixServerAddress, Handler: StreamRequestHandlerClass, options: ServerOptions = {}) {
     checkServerArguments(address, Handler);
     super(Handler, options);
+    if (options.proxyProtocol !== undefined && !options.proxyProtocol.from.includes(UNIX_PEERS)) {
+      throw new TypeError(`The peers of a Unix socket have no address: "proxyProtocol.from" must list "${UNIX_PEERS}"`);
+    }
     this.#file = new SocketFile(address);
   }
 

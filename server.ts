@@ -42,6 +42,9 @@ Usage: deno run --allow-net server.ts [options]
                          system allows if run with -A, else no limit)
   --max-connections-per-host N
                          close what one host has beyond so many (no limit)
+  --proxy-from LIST      take the client's address from the PROXY header that
+                         these proxies send, and refuse others; LIST is of
+                         addresses and ranges with commas between, or "unix"
   --idle-timeout MS      close clients that are silent for so long (never)
   --max-lifetime MS      close clients after so long, busy or not (never)
   --quiet                print errors only
@@ -64,6 +67,7 @@ const FLAGS = {
   lines: { type: "boolean", default: false },
   "max-connections": { type: "string" },
   "max-connections-per-host": { type: "string" },
+  "proxy-from": { type: "string" },
   "idle-timeout": { type: "string" },
   "max-lifetime": { type: "string" },
   quiet: { type: "boolean", default: false },
@@ -80,7 +84,7 @@ const LIMITS = [
 ] as const;
 
 /** The flags that mean nothing to datagrams. */
-const FOR_CONNECTIONS = ["lines", ...LIMITS.map(([flag]) => flag)] as const;
+const FOR_CONNECTIONS = ["lines", "proxy-from", ...LIMITS.map(([flag]) => flag)] as const;
 
 /** The flags that take a number. */
 const NUMBERS = new Set(["port", ...LIMITS.map(([flag]) => flag)].map((flag) => `--${flag}`));
@@ -198,6 +202,8 @@ function makeServer(args: string[]): StreamServer | DatagramServer | null {
     const text = flags[flag];
     if (text !== undefined) options[option] = number(`--${flag}`, text, 1);
   }
+  const proxies = flags["proxy-from"];
+  if (proxies !== undefined) options.proxyProtocol = { from: proxies.split(",") };
   if (flags.udp) {
     const isEncrypted = flags.cert !== undefined || flags.key !== undefined;
     const senseless = isEncrypted ? "cert" : FOR_CONNECTIONS.find((name) => flags[name]);
@@ -310,7 +316,8 @@ async function serve(server: StreamServer | DatagramServer): Promise<void> {
 
 /** The library's names for options are flags here, and its texts are files. */
 function inFlags(message: string): string {
-  return message.replace(/\b(cert|key) (holds|is not)/, "--$1 $2").replace(/; give it the text of.*/, "");
+  return message.replace(/\b(cert|key) (holds|is not)/, "--$1 $2").replace(/; give it the text of.*/, "")
+    .replace(/(Option )?"proxyProtocol\.from"/, "--proxy-from");
 }
 
 if (import.meta.main) {

@@ -13,7 +13,9 @@ const PATIENCE_MS = 10_000;
 
 /** What to install when a program is missing. */
 const PACKAGES: Record<string, string> = {
+  haproxy: "haproxy",
   nc: "netcat-openbsd",
+  nginx: "nginx",
   openssl: "openssl",
   python3: "python3",
   socat: "socat",
@@ -357,6 +359,11 @@ export class Peer implements Disposable {
   /** What arrives next, "" at the end of the stream. */
   async receiveChunk(): Promise<string> {
     return new TextDecoder().decode(await this.#read() ?? undefined);
+  }
+
+  /** The bytes that arrive next, `null` at the end of the stream. */
+  async receiveBytes(): Promise<Uint8Array | null> {
+    return await this.#read();
   }
 
   /** What arrives until it ends in `ending`, or the stream does. */

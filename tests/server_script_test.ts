@@ -170,6 +170,17 @@ programTest("--max-lifetime closes a client that is not silent, and says nothing
   assertEquals(server.stderr, "");
 });
 
+programTest("--proxy-from names the client whom a proxy names, and refuses others", async () => {
+  await using server = startServer(["--proxy-from", "192.0.2.0/24,127.0.0.1"]);
+  using peer = await Peer.connect(await portOf(server));
+  await peer.send("PROXY TCP4 203.0.113.7 198.51.100.2 50000 443\r\nhello");
+  assertMatch(await peer.receive("hello"), stamped("hello"));
+  await server.printed("...connected from: 203.0.113.7:50000\n");
+  await using strict = startServer(["--proxy-from", "192.0.2.0/24"]);
+  using refused = await Peer.connect(await portOf(strict));
+  assertEquals((await refused.receiveAll()).length, 0);
+});
+
 programTest("--max-connections-per-host 1 closes the second client at once", async () => {
   await using server = startServer(["--max-connections-per-host", "1"]);
   const port = await portOf(server);
@@ -220,6 +231,8 @@ const BAD_FLAGS = [
   { args: ["--idle-timeout", "soon"], named: /--idle-timeout .*"soon"/ },
   { args: ["--max-lifetime", "0"], named: /--max-lifetime .*"0"/ },
   { args: ["--max-connections-per-host", "-1"], named: /--max-connections-per-host .*"-1"/ },
+  { args: ["--proxy-from", "10.0.0.1/8"], named: /--proxy-from has "10\.0\.0\.1\/8", .* inside of 10\.0\.0\.0\/8/ },
+  { args: ["--proxy-from", "127.0.0.1", "--udp"], named: /--proxy-from is for connections/ },
   { args: ["--quiet=yes"], named: /'--quiet'/ },
   { args: ["8009"], named: /'8009'/ },
   { args: ["--nope"], named: /: Unknown option '--nope'; --help/ },
