@@ -6106,6 +6106,8 @@ function processLimits(): string {
 async function flushAndClose(stream: SocketStream): Promise<void> {
   try {
     await stream.flush();
+  } catch (error) {
+    if (!(error instanceof Deno.errors.BadResource)) throw error; // Else its handler has closed it.
   } finally {
     await stream[Symbol.asyncDispose]();
   }
