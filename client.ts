@@ -15,9 +15,13 @@ import {
   cursorTo,
   type Interface,
   moveCursor,
-  parseArgs,
+  parseFlagsAndMessages,
+  readFileOf,
+  runScript,
   stdin,
   stdout,
+  UsageError,
+  wholeNumber,
 } from "./deps.ts";
 import { connect, DatagramClient, formatAddress, IncompleteReadError, SocketStream } from "./mod.ts";
 
@@ -66,72 +70,31 @@ const FLAGS = {
   version: { type: "boolean", default: false },
 } as const;
 
-/** The flags that take a number. */
-const NUMBERS = /^--(port|timeout|retries)$/;
-
-function number(flag: string, text: string, least: number, most = Infinity): number {
-  const value = /^(\d+|Infinity)$/.test(text) ? Number(text) : NaN;
-  if (value >= least && value <= most) return value;
-  const range = most === Infinity ? `, ${least} or more, or Infinity` : ` from ${least} to ${most}`;
-  throw new TypeError(`${flag} must be a whole number${range}: it is "${text}"`);
-}
-
-/** Parses the flags; what it throws is one sentence. */
-function parse(args: string[]) {
-  try {
-    return parseArgs({ args: withNegatives(args), options: FLAGS, allowPositionals: true });
-  } catch (error) {
-    throw error instanceof Error ? new TypeError(error.message.replace(/\.?\s+(To|This|Did) .*/s, "")) : error;
-  }
-}
-
-/** Writes `--port -1` as `--port=-1`, as the parser would take the number for a flag. */
-function withNegatives(args: string[]): string[] {
-  const joined: string[] = [];
-  for (const [index, arg] of args.entries()) {
-    const isNumber = /^-\d/.test(arg) && NUMBERS.test(args[index - 1] ?? "") && !args.slice(0, index).includes("--");
-    joined.push(isNumber ? `${joined.pop()}=${arg}` : arg);
-  }
-  return joined;
-}
-
-/** The text of the file that `flag` names. */
-function read(flag: string, file: string): string {
-  try {
-    return Deno.readTextFileSync(file);
-  } catch (error) {
-    if (error instanceof Deno.errors.NotCapable) {
-      throw new TypeError(`${flag}: permission is missing; run again with --allow-read=${file}`);
-    }
-    throw new TypeError(`${flag}: cannot read ${file}`);
-  }
-}
-
 /** What the flags ask for; `null` if they only asked to be told something. */
 function readFlags(args: string[]) {
-  const { values: flags, positionals } = parse(args);
+  const { values: flags, positionals } = parseFlagsAndMessages(args, FLAGS);
   if (flags.help || flags.version) {
     console.log(flags.help ? USAGE : `client.ts ${VERSION}`);
     return null;
   }
   const { hostname, unix, udp } = flags;
-  if (hostname === "") throw new TypeError("--hostname must not be empty");
+  if (hostname === "") throw new UsageError("--hostname must not be empty");
   if (/\/|^[^:]*:[^:]*$|\]:/.test(hostname)) {
-    throw new TypeError(`--hostname takes a name or an address only; the port goes to --port: it is "${hostname}"`);
+    throw new UsageError(`--hostname takes a name or an address only; the port goes to --port: it is "${hostname}"`);
   }
-  if (unix === "") throw new TypeError("--unix must not be empty");
-  if (unix !== undefined && flags.port !== undefined) throw new TypeError("choose one of --port and --unix");
-  const port = number("--port", flags.port ?? "8009", 1, 65_535);
-  const timeout = number("--timeout", flags.timeout, 1);
-  const retries = number("--retries", flags.retries, 0);
-  if (udp && retries > 0) throw new TypeError("--retries is for connections, and --udp has none");
+  if (unix === "") throw new UsageError("--unix must not be empty");
+  if (unix !== undefined && flags.port !== undefined) throw new UsageError("choose one of --port and --unix");
+  const port = wholeNumber("--port", flags.port ?? "8009", 1, 65_535);
+  const timeout = wholeNumber("--timeout", flags.timeout, 1);
+  const retries = wholeNumber("--retries", flags.retries, 0);
+  if (udp && retries > 0) throw new UsageError("--retries is for connections, and --udp has none");
   const { tls, ca, "server-name": serverName } = flags;
   if (!tls && (ca !== undefined || serverName !== undefined)) {
-    throw new TypeError(`${ca === undefined ? "--server-name" : "--ca"} is for --tls`);
+    throw new UsageError(`${ca === undefined ? "--server-name" : "--ca"} is for --tls`);
   }
-  if (udp && tls) throw new TypeError("--tls is for connections, and --udp has none");
+  if (udp && tls) throw new UsageError("--tls is for connections, and --udp has none");
   const trust = {
-    ...(ca === undefined ? {} : { caCerts: [read("--ca", ca)] }),
+    ...(ca === undefined ? {} : { caCerts: [readFileOf("--ca", ca)] }),
     ...(serverName === undefined ? {} : { serverName }),
   };
   return {
@@ -331,8 +294,8 @@ const LINE_FEED = 0x0a;
 
 async function talk(settings: Settings): Promise<void> {
   const { messages, lineEnd, udp, target, tls, timeout, retries } = settings;
-  await using server = udp ? new DatagramPeer(settings) : await connect({ ...target, tls, timeout, retries });
   try {
+    await using server = udp ? new DatagramPeer(settings) : await connect({ ...target, tls, timeout, retries });
     if (messages.length > 0) {
       const encoder = new TextEncoder();
       await exchange(server, messages.map((message) => encoder.encode(message + lineEnd)));
@@ -357,25 +320,18 @@ function explained(error: unknown, { udp, target, timeout }: Settings): unknown 
     );
   }
   const hasLeft = error instanceof Deno.errors.ConnectionReset || error instanceof Deno.errors.BrokenPipe;
-  return hasLeft ? new Error("the server has left in the middle") : error;
+  if (hasLeft) return new Error("the server has left in the middle");
+  return error instanceof Error ? Object.assign(error, { message: inFlags(error.message) }) : error;
 }
 
-/** The library's names for options are flags here, and its texts are files. */
+/** The library's names for options are flags here. */
 function inFlags(message: string): string {
-  return message.replace("in caCerts", "with --ca").replace(/^caCerts must hold/, "--ca must hold")
-    .replace("set serverName", "set --server-name").replace(/; give it the text of.*/, "");
+  return message.replace("in caCerts", "with --ca").replace("set serverName", "set --server-name");
 }
 
-if (import.meta.main) {
-  let exitCode = 2; // The flags are wrong.
-  try {
-    const settings = readFlags(Deno.args);
-    exitCode = 1; // The server cannot be reached, or has left.
-    if (settings !== null) await talk(settings);
-    Deno.exit(0); // A read of standard input that waits would keep the process alive.
-  } catch (error) {
-    const help = exitCode === 2 ? "; --help lists the flags" : "";
-    console.error(`client.ts: ${error instanceof Error ? inFlags(error.message) : error}${help}`);
-    Deno.exit(exitCode);
-  }
+async function main(args: string[]): Promise<void> {
+  const settings = readFlags(args);
+  if (settings !== null) await talk(settings);
 }
+
+if (import.meta.main) await runScript("client.ts", main);

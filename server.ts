@@ -9,7 +9,7 @@
  * @module
  */
 
-import { parseArgs } from "./deps.ts";
+import { parseFlags, readFileOf, runScript, UsageError, wholeNumber } from "./deps.ts";
 import {
   DatagramRequestHandler,
   DatagramServer,
@@ -82,9 +82,6 @@ const LIMITS = [
 /** The flags that mean nothing to datagrams. */
 const FOR_CONNECTIONS = ["lines", ...LIMITS.map(([flag]) => flag)] as const;
 
-/** The flags that take a number. */
-const NUMBERS = new Set(["port", ...LIMITS.map(([flag]) => flag)].map((flag) => `--${flag}`));
-
 let isQuiet = false;
 
 /** Prints what happens. */
@@ -144,75 +141,45 @@ function ctime(date: Date): string {
   return `${weekday} ${month} ${String(Number(day)).padStart(2)} ${time} ${year}`;
 }
 
-function number(flag: string, text: string, least: number, most = Infinity): number {
-  const value = /^(\d+|Infinity)$/.test(text) ? Number(text) : NaN;
-  if (value >= least && value <= most) return value;
-  const range = most === Infinity ? `, ${least} or more, or Infinity` : ` from ${least} to ${most}`;
-  throw new TypeError(`${flag} must be a whole number${range}: it is "${text}"`);
-}
-
-/** Parses the flags; what it throws is one sentence. */
-function parse(args: string[]) {
-  try {
-    return parseArgs({ args: withNegatives(args), options: FLAGS });
-  } catch (error) {
-    throw error instanceof Error ? new TypeError(error.message.replace(/\.?\s+(To|This|Did) .*/s, "")) : error;
-  }
-}
-
-/** Writes `--port -1` as `--port=-1`, as the parser would take the number for a flag. */
-function withNegatives(args: string[]): string[] {
-  const joined: string[] = [];
-  for (const [index, arg] of args.entries()) {
-    const isNumber = /^-\d/.test(arg) && NUMBERS.has(args[index - 1] ?? "") && !args.slice(0, index).includes("--");
-    joined.push(isNumber ? `${joined.pop()}=${arg}` : arg);
-  }
-  return joined;
-}
-
-/** The text of the file that `flag` names. */
-function read(flag: string, file: string): string {
-  try {
-    return Deno.readTextFileSync(file);
-  } catch (error) {
-    if (error instanceof Deno.errors.NotCapable) {
-      throw new TypeError(`${flag}: permission is missing; run again with --allow-read=${file}`);
-    }
-    throw new TypeError(`${flag}: cannot read ${file}`);
-  }
-}
-
 /** Makes what the flags ask for; `null` if they only asked to be told something. */
 function makeServer(args: string[]): StreamServer | DatagramServer | null {
-  const { values: flags } = parse(args);
+  const { values: flags } = parseFlags(args, FLAGS);
   if (flags.help || flags.version) {
     console.log(flags.help ? USAGE : `server.ts ${VERSION}`);
     return null;
   }
   isQuiet = flags.quiet;
   const { hostname, unix: path } = flags;
-  if (flags.port !== undefined && path !== undefined) throw new TypeError("choose one of --port and --unix");
-  const port = number("--port", flags.port ?? "8009", 0, 65_535);
+  if (hostname === "") {
+    throw new UsageError('--hostname must not be empty: "127.0.0.1" is this machine, "0.0.0.0" all its IPv4 addresses');
+  }
+  if (path === "") throw new UsageError("--unix must not be empty");
+  if (flags.port !== undefined && path !== undefined) throw new UsageError("choose one of --port and --unix");
+  const port = wholeNumber("--port", flags.port ?? "8009", 0, 65_535);
   const options: ServerOptions = {};
   for (const [flag, option] of LIMITS) {
     const text = flags[flag];
-    if (text !== undefined) options[option] = number(`--${flag}`, text, 1);
+    if (text !== undefined) options[option] = wholeNumber(`--${flag}`, text, 1);
   }
   if (flags.udp) {
     const isEncrypted = flags.cert !== undefined || flags.key !== undefined;
     const senseless = isEncrypted ? "cert" : FOR_CONNECTIONS.find((name) => flags[name]);
-    if (senseless !== undefined) throw new TypeError(`--${senseless} is for connections, and --udp has none`);
+    if (senseless !== undefined) throw new UsageError(`--${senseless} is for connections, and --udp has none`);
     return path === undefined
       ? new UdpServer({ hostname, port }, StampDatagrams)
       : new UnixDatagramServer({ path }, StampDatagrams);
   }
   const Handler = flags.lines ? StampLines : StampChunks;
   const { cert, key } = flags;
-  if ((cert === undefined) !== (key === undefined)) throw new TypeError("--cert and --key must be given together");
-  if (cert !== undefined && path !== undefined) throw new TypeError("--cert is not for --unix");
+  if ((cert === undefined) !== (key === undefined)) throw new UsageError("--cert and --key must be given together");
+  if (cert !== undefined && path !== undefined) throw new UsageError("--cert is not for --unix");
   if (path !== undefined) return new UnixServer({ path }, Handler, options);
   if (cert === undefined || key === undefined) return new TcpServer({ hostname, port }, Handler, options);
-  return new TlsServer({ hostname, port, cert: read("--cert", cert), key: read("--key", key) }, Handler, options);
+  return new TlsServer(
+    { hostname, port, cert: readFileOf("--cert", cert), key: readFileOf("--key", key) },
+    Handler,
+    options,
+  );
 }
 
 /** How a server is doing: who is there, and rates since it was last asked. */
@@ -308,20 +275,9 @@ async function serve(server: StreamServer | DatagramServer): Promise<void> {
   log(`${requests}${failures}, bytes in: ${bytesRead}, bytes out: ${bytesWritten}`);
 }
 
-/** The library's names for options are flags here, and its texts are files. */
-function inFlags(message: string): string {
-  return message.replace(/\b(cert|key) (holds|is not)/, "--$1 $2").replace(/; give it the text of.*/, "");
+async function main(args: string[]): Promise<void> {
+  const server = makeServer(args);
+  if (server !== null) await serve(server);
 }
 
-if (import.meta.main) {
-  let exitCode = 2; // The flags are wrong.
-  try {
-    const server = makeServer(Deno.args);
-    exitCode = 1; // The server cannot run.
-    if (server !== null) await serve(server);
-  } catch (error) {
-    const help = exitCode === 2 ? "; --help lists the flags" : "";
-    console.error(`server.ts: ${error instanceof Error ? inFlags(error.message) : error}${help}`);
-    Deno.exit(exitCode);
-  }
-}
+if (import.meta.main) await runScript("server.ts", main);

@@ -205,7 +205,10 @@ const BAD_FLAGS = [
     args: ["--retries", "-1"],
     named: /: --retries must be a whole number, 0 or more, or Infinity: it is "-1"; --help/,
   },
-  { args: ["--unix", "--keep-open"], named: /: Option '--unix' argument is ambiguous; --help/ },
+  {
+    args: ["--unix", "--keep-open"],
+    named: /: Option '--unix' argument is missing; one with a dash in front is written --unix=VALUE; --help/,
+  },
   { args: ["--port", "1", "--unix", "/tmp/a.sock"], named: /: choose one of --port and --unix; --help/ },
   { args: ["--hostname", "http://x"], named: /: --hostname takes a name or an address only; the port goes to --port/ },
   {

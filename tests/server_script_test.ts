@@ -212,8 +212,8 @@ const BAD_FLAGS = [
   { args: ["--port", "1e3"], named: /--port .*"1e3"/ },
   { args: ["--port", "65536"], named: /--port .*65535.*"65536"/ },
   { args: ["--port", "Infinity"], named: /--port .*"Infinity"/ },
-  { args: ["--hostname", ""], named: /Hostname/ },
-  { args: ["--unix", ""], named: /Path/ },
+  { args: ["--hostname", ""], named: /--hostname/ },
+  { args: ["--unix", ""], named: /--unix/ },
   { args: ["--max-connections", "0"], named: /--max-connections .*"0"/ },
   { args: ["--max-connections", "1.5"], named: /--max-connections .*"1\.5"/ },
   { args: ["--idle-timeout", "0"], named: /--idle-timeout .*"0"/ },
@@ -230,7 +230,10 @@ const BAD_FLAGS = [
     named: /: --max-connections must be a whole number, 1 or more, or Infinity: it is "-1"; --help/,
   },
   { args: ["--idle-timeout", "-1.5"], named: /: --idle-timeout .*"-1\.5"; --help/ },
-  { args: ["--unix", "--quiet"], named: /: Option '--unix' argument is ambiguous; --help/ },
+  {
+    args: ["--unix", "--quiet"],
+    named: /: Option '--unix' argument is missing; one with a dash in front is written --unix=VALUE; --help/,
+  },
   { args: ["--port", "0", "--unix", "/tmp/a.sock"], named: /: choose one of --port and --unix; --help/ },
 ];
 

@@ -66,7 +66,11 @@ scriptTest("wrong flags are told in one sentence", async ({ server: { certFile, 
     /--cert is not for --unix/,
   );
   const mixed = ["--port", "0", "--cert", certFile, "--key", renewed.keyFile];
-  assertFailed(await run("server.ts", ...mixed), 1, /key is not the key of cert/);
+  assertFailed(
+    await run("server.ts", ...mixed),
+    2,
+    /--key is not the key of --cert; give the two that were made together; --help/,
+  );
   assertFailed(await run("client.ts", "--ca", ca.certFile, "hello"), 2, /--ca is for --tls/);
   assertFailed(await run("client.ts", "--tls", "--ca", "/nowhere", "hello"), 2, /--ca: cannot read \/nowhere/);
 });
