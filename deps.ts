@@ -27,7 +27,8 @@ export {
 export { createHash } from "node:crypto";
 export { stdin, stdout } from "node:process";
 export { clearScreenDown, cursorTo, moveCursor } from "node:readline";
-export { createInterface, type Interface } from "node:readline/promises";
+export { createInterface } from "node:readline/promises";
+export { setTimeout as delay } from "node:timers/promises";
 
 // --- The command line of the scripts ------------------------------------------
 

@@ -246,7 +246,7 @@ programTest("a server that does not answer within --timeout is one sentence and 
     assertFailed(
       await runClient(server, ["--timeout", "100"], input),
       1,
-      /^client\.ts: the server did not answer within 100 ms\n$/,
+      /^client\.ts: the server did not answer within 100 ms; try a longer --timeout\n$/,
     );
   }
 });
@@ -464,7 +464,7 @@ programTest("a server that resets the connection ends the client with a clear li
   const { how, screen } = await terminal.ended();
   assertEquals(how, "exit code 1, terminal as it was");
   assertEquals(screen[0], ">>> hello");
-  assertEquals(screen.slice(-2), ["client.ts: the server has left in the middle", ""]);
+  assertEquals(screen.slice(-2), ["client.ts: the server has left in the middle; start it again", ""]);
 });
 
 programTest("a server that cannot be reached leaves the terminal sane", async () => {
