@@ -11,11 +11,15 @@
 
 import { parseFlags, readFileOf, runScript, UsageError, wholeNumber } from "./deps.ts";
 import {
+  type ConnectionReport,
+  type Datagram,
   DatagramRequestHandler,
   DatagramServer,
   formatAddress,
   IncompleteReadError,
+  printable,
   type ServerOptions,
+  type ShutdownReport,
   StreamRequestHandler,
   type StreamServer,
   TcpServer,
@@ -37,6 +41,8 @@ Usage: deno run --allow-net server.ts [options]
                          --unstable-net too
   --cert FILE            encrypt with TLS; FILE is the server's certificate, and
   --key FILE             its private key; this needs --allow-read of both
+  --client-ca FILE       serve only clients whose certificate the authority in
+                         FILE has vouched for; this needs --allow-read=FILE
   --lines                stamp each line, instead of each chunk as it arrives
   --max-connections N    serve so many clients at once, others wait (what the
                          system allows if run with -A, else no limit)
@@ -45,12 +51,27 @@ Usage: deno run --allow-net server.ts [options]
   --idle-timeout MS      close clients that are silent for so long (never)
   --max-lifetime MS      close clients after so long, busy or not (never)
   --quiet                print errors only
+  --json                 print one line of JSON for each event, and nothing else
   --help                 print this and end
   --version              print the version and end
 
 On a terminal the last line says how the server is doing. SIGUSR2 prints the
 same anywhere, with rates since the last such line. SIGINT or SIGTERM lets
-clients finish what they have begun; a second one cuts them off.`;
+clients finish what they have begun; a second one cuts them off. Colours are for
+terminals, and not if NO_COLOR is set.
+
+With --json each line is an object with "time" (ISO 8601) and "event", which is
+  listening   address
+  opened      client
+  closed      client, reason, duration, bytesRead, bytesWritten
+  datagram    client, bytesRead (with --udp, in place of the two above)
+  error       client, name, message; also if the client has merely vanished
+  overload    message: descriptors or memory have run out
+  status      upon SIGUSR2: messagesPerSecond, bytesReadPerSecond,
+              bytesWrittenPerSecond, and all counts of the server (mod.ts tells
+              of them at ServerStats)
+  stopped     finished, cut (clients), duration, and the same counts
+Durations are in milliseconds. With --quiet it is error, overload and status.`;
 
 const VERSION = "0.1.0";
 
@@ -61,12 +82,14 @@ const FLAGS = {
   udp: { type: "boolean", default: false },
   cert: { type: "string" },
   key: { type: "string" },
+  "client-ca": { type: "string" },
   lines: { type: "boolean", default: false },
   "max-connections": { type: "string" },
   "max-connections-per-host": { type: "string" },
   "idle-timeout": { type: "string" },
   "max-lifetime": { type: "string" },
   quiet: { type: "boolean", default: false },
+  json: { type: "boolean", default: false },
   help: { type: "boolean", default: false },
   version: { type: "boolean", default: false },
 } as const;
@@ -80,23 +103,159 @@ const LIMITS = [
 ] as const;
 
 /** The flags that mean nothing to datagrams. */
-const FOR_CONNECTIONS = ["lines", ...LIMITS.map(([flag]) => flag)] as const;
+const FOR_CONNECTIONS = ["lines", "cert", "key", "client-ca", ...LIMITS.map(([flag]) => flag)] as const;
 
-let isQuiet = false;
+// --- What is told --------------------------------------------------------------
 
-/** Prints what happens. */
-function log(line: string): void {
-  if (!isQuiet) console.log(line);
+type Server = StreamServer | DatagramServer;
+
+/** Messages and bytes in a second. */
+interface Rates {
+  readonly messagesPerSecond: number;
+  readonly bytesReadPerSecond: number;
+  readonly bytesWrittenPerSecond: number;
 }
+
+/** Tells whoever runs the server what happens. */
+interface Reporter {
+  listening(address: Deno.Addr): void;
+  opened(client: Deno.Addr): void;
+  closed(client: Deno.Addr, report: ConnectionReport): void;
+  received(datagram: Datagram): void;
+  failed(error: unknown, client: Deno.Addr): void;
+  overloaded(error: unknown): void;
+  asked(server: Server, rates: Rates): void;
+  stopped(server: Server, report: ShutdownReport): void;
+}
+
+/** The tutorial's words. Without a terminal, or with NO_COLOR, the console leaves out the colours. */
+class TextReporter implements Reporter {
+  readonly #isQuiet: boolean;
+
+  constructor(isQuiet: boolean) {
+    this.#isQuiet = isQuiet;
+  }
+
+  listening(address: Deno.Addr): void {
+    this.#log("waiting for connection... on %c%s", ADDRESS_STYLE, formatAddress(address));
+  }
+
+  opened(client: Deno.Addr): void {
+    this.#log("...connected from: %c%s", ADDRESS_STYLE, formatAddress(client));
+  }
+
+  closed(): void {}
+
+  received({ clientAddress }: Datagram): void {
+    this.#log("...datagram from: %c%s", ADDRESS_STYLE, formatAddress(clientAddress));
+  }
+
+  failed(error: unknown): void {
+    console.error("server.ts: %s", printable(messageOf(error)));
+  }
+
+  overloaded(error: unknown): void {
+    console.error("server.ts: cannot accept connections for now: %s", printable(messageOf(error)));
+  }
+
+  asked(server: Server, rates: Rates): void {
+    console.log(statusText(server, rates));
+  }
+
+  stopped(server: Server, { cut }: ShutdownReport): void {
+    const { accepted, dropped, handshakeFailures, bytesRead, bytesWritten } = server.stats;
+    const requests = server instanceof DatagramServer
+      ? `datagrams: ${accepted}, dropped: ${dropped}`
+      : `clients: ${accepted}, cut off: ${cut.length}`;
+    const failures = handshakeFailures === 0 ? "" : `, handshakes failed: ${handshakeFailures}`;
+    this.#log(`${requests}${failures}, bytes in: ${bytesRead}, bytes out: ${bytesWritten}`);
+  }
+
+  #log(...data: string[]): void {
+    if (!this.#isQuiet) console.log(...data);
+  }
+}
+
+const ADDRESS_STYLE = "color: cyan";
+const ERROR_STYLE = "color: red";
+
+/** One line of JSON for each event; `--help` tells their fields. */
+class JsonReporter implements Reporter {
+  readonly #isQuiet: boolean;
+
+  constructor(isQuiet: boolean) {
+    this.#isQuiet = isQuiet;
+  }
+
+  listening(address: Deno.Addr): void {
+    this.#print("listening", { address: formatAddress(address) });
+  }
+
+  opened(client: Deno.Addr): void {
+    this.#print("opened", { client: formatAddress(client) });
+  }
+
+  closed(client: Deno.Addr, { reason, duration, bytesRead, bytesWritten }: ConnectionReport): void {
+    this.#print("closed", { client: formatAddress(client), reason, duration, bytesRead, bytesWritten });
+  }
+
+  received({ clientAddress, bytesRead }: Datagram): void {
+    this.#print("datagram", { client: formatAddress(clientAddress), bytesRead });
+  }
+
+  failed(error: unknown, client: Deno.Addr): void {
+    const name = error instanceof Error ? error.name : typeof error;
+    this.#print("error", { client: formatAddress(client), name, message: messageOf(error) });
+  }
+
+  overloaded(error: unknown): void {
+    this.#print("overload", { message: messageOf(error) });
+  }
+
+  asked({ stats }: Server, rates: Rates): void {
+    this.#print("status", { ...rates, ...stats });
+  }
+
+  stopped({ stats }: Server, { finished, cut, duration }: ShutdownReport): void {
+    this.#print("stopped", { finished, cut: cut.map(formatAddress), duration, ...stats });
+  }
+
+  #print(event: string, fields: Record<string, unknown>): void {
+    if (this.#isQuiet && !["error", "overload", "status"].includes(event)) return;
+    const line = JSON.stringify({ time: new Date().toISOString(), event, ...fields });
+    // JSON leaves some of what a terminal acts on as it is.
+    console.log("%s", line.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, escapeInJson));
+  }
+}
+
+function escapeInJson(character: string): string {
+  const units = Array.from({ length: character.length }, (_, index) => character.charCodeAt(index));
+  return units.map((unit) => `\\u${unit.toString(16).padStart(4, "0")}`).join("");
+}
+
+function messageOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
+}
+
+/** Has `reporter` told of all that happens at `server`. It sets hooks on the object: one class for each kind of server would say the same four times. */
+function observe(server: Server, reporter: Reporter): void {
+  if (!(server instanceof DatagramServer)) {
+    server.handleOpen = (_request, client) => reporter.opened(client);
+    server.handleClose = (report, client) => reporter.closed(client, report);
+  }
+  if (reporter instanceof TextReporter) return; // The library prints errors by itself, with their stack.
+  server.handleError = (error, client) => reporter.failed(error, client);
+  server.handleOverload = (error) => reporter.overloaded(error);
+}
+
+let reporter: Reporter = new TextReporter(false);
+
+// --- What is answered ----------------------------------------------------------
 
 /** Chunks, lines or datagrams that were answered. */
 let messages = 0;
 
 abstract class Stamp extends StreamRequestHandler {
-  override setup() {
-    log(`...connected from: ${formatAddress(this.clientAddress)}`);
-  }
-
   /** Answers with the time and `data`, whose bytes pass through unchanged. */
   protected async answer(data: Uint8Array) {
     messages++;
@@ -125,12 +284,12 @@ class StampLines extends Stamp {
 class StampDatagrams extends DatagramRequestHandler {
   override async handle() {
     messages++;
-    log(`...datagram from: ${formatAddress(this.clientAddress)}`);
+    reporter.received(this.request);
     const stamp = new TextEncoder().encode(`[${ctime(new Date())}] `);
     try {
       await this.request.reply(new Uint8Array([...stamp, ...this.request.data]));
     } catch (error) { // The answer is too long, or the client cannot be answered.
-      console.error(`server.ts: ${error instanceof Error ? error.message : error}`);
+      reporter.failed(error, this.clientAddress);
     }
   }
 }
@@ -141,14 +300,11 @@ function ctime(date: Date): string {
   return `${weekday} ${month} ${String(Number(day)).padStart(2)} ${time} ${year}`;
 }
 
-/** Makes what the flags ask for; `null` if they only asked to be told something. */
-function makeServer(args: string[]): StreamServer | DatagramServer | null {
-  const { values: flags } = parseFlags(args, FLAGS);
-  if (flags.help || flags.version) {
-    console.log(flags.help ? USAGE : `server.ts ${VERSION}`);
-    return null;
-  }
-  isQuiet = flags.quiet;
+// --- What the flags ask for ----------------------------------------------------
+
+type Flags = ReturnType<typeof parseFlags<typeof FLAGS>>["values"];
+
+function makeServer(flags: Flags): Server {
   const { hostname, unix: path } = flags;
   if (hostname === "") {
     throw new UsageError('--hostname must not be empty: "127.0.0.1" is this machine, "0.0.0.0" all its IPv4 addresses');
@@ -162,45 +318,55 @@ function makeServer(args: string[]): StreamServer | DatagramServer | null {
     if (text !== undefined) options[option] = wholeNumber(`--${flag}`, text, 1);
   }
   if (flags.udp) {
-    const isEncrypted = flags.cert !== undefined || flags.key !== undefined;
-    const senseless = isEncrypted ? "cert" : FOR_CONNECTIONS.find((name) => flags[name]);
+    const senseless = FOR_CONNECTIONS.find((name) => flags[name]);
     if (senseless !== undefined) throw new UsageError(`--${senseless} is for connections, and --udp has none`);
     return path === undefined
       ? new UdpServer({ hostname, port }, StampDatagrams)
       : new UnixDatagramServer({ path }, StampDatagrams);
   }
   const Handler = flags.lines ? StampLines : StampChunks;
-  const { cert, key } = flags;
+  const { cert, key, "client-ca": clientCa } = flags;
   if ((cert === undefined) !== (key === undefined)) throw new UsageError("--cert and --key must be given together");
   if (cert !== undefined && path !== undefined) throw new UsageError("--cert is not for --unix");
+  if (clientCa !== undefined && cert === undefined) {
+    throw new UsageError("--client-ca is for TLS; it needs --cert and --key too");
+  }
   if (path !== undefined) return new UnixServer({ path }, Handler, options);
   if (cert === undefined || key === undefined) return new TcpServer({ hostname, port }, Handler, options);
-  return new TlsServer(
-    { hostname, port, cert: readFileOf("--cert", cert), key: readFileOf("--key", key) },
-    Handler,
-    options,
-  );
+  const identity = { cert: readFileOf("--cert", cert), key: readFileOf("--key", key) };
+  const trust = clientCa === undefined ? {} : { clientCa: readFileOf("--client-ca", clientCa) };
+  return new TlsServer({ hostname, port, ...identity, ...trust }, Handler, options);
 }
 
-/** How a server is doing: who is there, and rates since it was last asked. */
+// --- How it is doing -----------------------------------------------------------
+
+/** The rates of a server since it was last asked. */
 class Meter {
-  readonly #server: StreamServer | DatagramServer;
+  readonly #server: Server;
   #last = { at: performance.now(), messages, bytesRead: 0, bytesWritten: 0 };
 
-  constructor(server: StreamServer | DatagramServer) {
+  constructor(server: Server) {
     this.#server = server;
   }
 
-  read(): string {
-    const { active, bytesRead, bytesWritten } = this.#server.stats;
+  read(): Rates {
+    const { bytesRead, bytesWritten } = this.#server.stats;
     const last = this.#last;
     const next = this.#last = { at: performance.now(), messages, bytesRead, bytesWritten };
     const rate = (what: "messages" | "bytesRead" | "bytesWritten") =>
       Math.round((next[what] - last[what]) * 1_000 / Math.max(next.at - last.at, 1));
-    const there = `${this.#server instanceof DatagramServer ? "datagrams" : "connections"}: ${active}`;
-    const traffic = `bytes/s in: ${rate("bytesRead")}, bytes/s out: ${rate("bytesWritten")}`;
-    return `${there}, messages/s: ${rate("messages")}, ${traffic}`;
+    return {
+      messagesPerSecond: rate("messages"),
+      bytesReadPerSecond: rate("bytesRead"),
+      bytesWrittenPerSecond: rate("bytesWritten"),
+    };
   }
+}
+
+function statusText(server: Server, { messagesPerSecond, bytesReadPerSecond, bytesWrittenPerSecond }: Rates): string {
+  const there = `${server instanceof DatagramServer ? "datagrams" : "connections"}: ${server.stats.active}`;
+  const traffic = `bytes/s in: ${bytesReadPerSecond}, bytes/s out: ${bytesWrittenPerSecond}`;
+  return `${there}, messages/s: ${messagesPerSecond}, ${traffic}`;
 }
 
 /** How often the status line is drawn anew: a person can read it meanwhile. */
@@ -208,13 +374,15 @@ const STATUS_INTERVAL_MS = 1_000;
 
 /** The last line of a terminal, that says how the server is doing. What else is printed goes above it. */
 class StatusLine implements Disposable {
+  readonly #server: Server;
   readonly #meter: Meter;
   readonly #timer: ReturnType<typeof setInterval>;
   readonly #print = { log: console.log, error: console.error };
   #text = "";
 
-  constructor(meter: Meter) {
-    this.#meter = meter;
+  constructor(server: Server) {
+    this.#server = server;
+    this.#meter = new Meter(server);
     // The library prints its errors by the console, too.
     for (const way of ["log", "error"] as const) console[way] = (...data) => this.#printAbove(way, data);
     this.#timer = setInterval(() => this.#update(), STATUS_INTERVAL_MS);
@@ -228,13 +396,13 @@ class StatusLine implements Disposable {
   }
 
   #update(): void {
-    this.#text = this.#meter.read();
+    this.#text = statusText(this.#server, this.#meter.read());
     this.#show(this.#text);
   }
 
   #printAbove(way: "log" | "error", data: unknown[]): void {
     this.#show("");
-    this.#print[way](...data);
+    this.#print[way](...(way === "error" ? inErrorStyle(data) : data));
     this.#show(this.#text);
   }
 
@@ -249,35 +417,40 @@ class StatusLine implements Disposable {
   }
 }
 
+/** What goes to the console as an error, in its colour. */
+function inErrorStyle([format, ...data]: unknown[]): unknown[] {
+  return typeof format === "string" ? [`%c${format}`, ERROR_STYLE, ...data] : [format, ...data];
+}
+
 /** SIGUSR1 is the runtime's own; other systems have neither. */
 const STATUS_SIGNAL = Deno.build.os === "windows" ? undefined : "SIGUSR2";
 
-async function serve(server: StreamServer | DatagramServer): Promise<void> {
+async function serve(server: Server, hasStatusLine: boolean): Promise<void> {
   let received = 0;
   const stop = () => received++ === 0 ? void server.shutdown() : server.close();
   const meter = new Meter(server);
   const listeners = new Map<Deno.Signal, () => void>([["SIGINT", stop], ["SIGTERM", stop]]);
-  if (STATUS_SIGNAL !== undefined) listeners.set(STATUS_SIGNAL, () => console.log(meter.read()));
+  if (STATUS_SIGNAL !== undefined) listeners.set(STATUS_SIGNAL, () => reporter.asked(server, meter.read()));
   for (const [signal, listener] of listeners) Deno.addSignalListener(signal, listener);
   try {
-    log(`waiting for connection... on ${formatAddress(await server.listen())}`);
-    using _status = Deno.stdout.isTerminal() && !isQuiet ? new StatusLine(new Meter(server)) : undefined;
+    reporter.listening(await server.listen());
+    using _status = hasStatusLine ? new StatusLine(server) : undefined;
     await server.serveForever();
   } finally {
     for (const [signal, listener] of listeners) Deno.removeSignalListener(signal, listener);
   }
-  const { cut } = await server.shutdown(); // It is over: this is its report.
-  const { accepted, dropped, handshakeFailures, bytesRead, bytesWritten } = server.stats;
-  const requests = server instanceof DatagramServer
-    ? `datagrams: ${accepted}, dropped: ${dropped}`
-    : `clients: ${accepted}, cut off: ${cut.length}`;
-  const failures = handshakeFailures === 0 ? "" : `, handshakes failed: ${handshakeFailures}`;
-  log(`${requests}${failures}, bytes in: ${bytesRead}, bytes out: ${bytesWritten}`);
+  reporter.stopped(server, await server.shutdown()); // It is over: this is its report.
 }
 
 async function main(args: string[]): Promise<void> {
-  const server = makeServer(args);
-  if (server !== null) await serve(server);
+  const { values: flags } = parseFlags(args, FLAGS);
+  if (flags.help) return console.log(USAGE);
+  if (flags.version) return console.log(`server.ts ${VERSION}`);
+  const { quiet, json } = flags;
+  const server = makeServer(flags);
+  reporter = json ? new JsonReporter(quiet) : new TextReporter(quiet);
+  observe(server, reporter);
+  await serve(server, Deno.stdout.isTerminal() && !quiet && !json);
 }
 
 if (import.meta.main) await runScript("server.ts", main);
