@@ -685,10 +685,12 @@ async function talk(settings: Settings): Promise<void> {
 }
 
 /** What the server did, for a person. */
-function explained(error: unknown, { udp, target, timeout }: Settings): unknown {
+function explained(error: unknown, { udp, target, timeout, tls }: Settings): unknown {
   if (!(error instanceof Error)) return error;
   if (hasLeft(error) && !error.message.startsWith("Cannot connect")) {
-    return new Error("the server has left in the middle; start it again");
+    const isKnown = tls !== false && "cert" in tls;
+    const hint = isKnown ? ", or check that it accepts the certificate of --cert" : "";
+    return new Error(`the server has left in the middle; start it again${hint}`);
   }
   if (error instanceof Deno.errors.TimedOut && !error.message.startsWith("Cannot connect")) {
     const where = "path" in target ? target.path : formatAddress({ transport: "udp", ...target });

@@ -196,7 +196,13 @@ class JsonReporter implements Reporter {
   }
 
   closed(client: Deno.Addr, { reason, duration, bytesRead, bytesWritten }: ConnectionReport): void {
-    this.#print("closed", { client: formatAddress(client), reason, duration, bytesRead, bytesWritten });
+    this.#print("closed", {
+      client: formatAddress(client),
+      reason,
+      duration: rounded(duration),
+      bytesRead,
+      bytesWritten,
+    });
   }
 
   received({ clientAddress, bytesRead }: Datagram): void {
@@ -217,7 +223,7 @@ class JsonReporter implements Reporter {
   }
 
   stopped({ stats }: Server, { finished, cut, duration }: ShutdownReport): void {
-    this.#print("stopped", { finished, cut: cut.map(formatAddress), duration, ...stats });
+    this.#print("stopped", { finished, cut: cut.map(formatAddress), duration: rounded(duration), ...stats });
   }
 
   #print(event: string, fields: Record<string, unknown>): void {
@@ -226,6 +232,11 @@ class JsonReporter implements Reporter {
     // JSON leaves some of what a terminal acts on as it is.
     console.log("%s", line.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, escapeInJson));
   }
+}
+
+/** To the microsecond. */
+function rounded(ms: number): number {
+  return Math.round(ms * 1_000) / 1_000;
 }
 
 function escapeInJson(character: string): string {

@@ -284,6 +284,12 @@ export class Terminal implements AsyncDisposable {
     await this.#program.shows(`the screen\n${wanted}`, isShown);
   }
 
+  /** Waits until the screen is like `pattern`. */
+  async showsLike(pattern: RegExp): Promise<void> {
+    const isShown = (output: string) => pattern.test(screen(output, this.#columns).join("\n"));
+    await this.#program.shows(`the screen ${pattern}`, isShown);
+  }
+
   /** How the program ended: its exit code, whether the terminal is sane, and what the screen shows. */
   async ended(): Promise<{ how: string; screen: string[] }> {
     const { stdout, stderr } = await this.#program.ended();
@@ -493,11 +499,12 @@ export function screen(output: string, columns = 80): string[] {
     D: (n) => column = Math.max(0, column - n),
     // Rows and columns count from 1; a 0 is taken for it.
     G: (n) => column = Math.max(0, n - 1),
+    H: () => [row, column] = [0, 0], // It is used for the corner only.
     J: () => rows.splice(row, rows.length, (rows[row] ?? "").slice(0, column)),
     K: () => rows[row] = (rows[row] ?? "").slice(0, column),
   };
   // deno-lint-ignore no-control-regex
-  for (const [token, count, name] of output.matchAll(/\x1b\[\??(\d*)([A-Za-z])|[\r\n]|[^\x1b\r\n]+/g)) {
+  for (const [token, count, name] of output.matchAll(/\x1b\[\??(\d*)(?:;\d+)?([A-Za-z])|[\r\n]|[^\x1b\r\n]+/g)) {
     if (token === "\r") column = 0;
     else if (token === "\n") goDown(1);
     else if (name === undefined) put(token);

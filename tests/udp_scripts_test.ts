@@ -221,7 +221,9 @@ programTest("a server that does not answer is one sentence and exit code 1", asy
     assertFailed(
       outcome,
       1,
-      new RegExp(`^client\\.ts: no answer from 127\\.0\\.0\\.1:${server.port} within 100 ms; try a longer --timeout\n$`),
+      new RegExp(
+        `^client\\.ts: no answer from 127\\.0\\.0\\.1:${server.port} within 100 ms; try a longer --timeout\n$`,
+      ),
     );
   }
   assertEquals(server.received, ["hello", "hello"]);
@@ -307,7 +309,10 @@ programTest("a person may think for longer than --timeout, but a server may not"
   await terminal.type(`silence${ENTER}`);
   const { how, screen } = await terminal.ended();
   assertEquals(how, "exit code 1, terminal as it was");
-  assertEquals(screen.slice(-2), [`client.ts: no answer from 127.0.0.1:${server.port} within 50 ms; try a longer --timeout`, ""]);
+  assertEquals(screen.slice(-2), [
+    `client.ts: no answer from 127.0.0.1:${server.port} within 50 ms; try a longer --timeout`,
+    "",
+  ]);
 });
 
 programTest("an answer to a message ends its line on a terminal", async () => {
