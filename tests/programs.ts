@@ -267,10 +267,20 @@ export class Terminal implements AsyncDisposable {
   readonly #program: Program;
   readonly #columns: number;
 
-  constructor(args: string[], columns = 80, script: "server.ts" | "client.ts" = "client.ts") {
+  constructor(
+    args: string[],
+    columns = 80,
+    script: "server.ts" | "client.ts" = "client.ts",
+    env: Record<string, string> = {},
+  ) {
     const command = [Deno.execPath(), ...denoArgs(script, args, ["--allow-net=127.0.0.1"])];
-    this.#program = Program.start("python3", [here("python/pty_driver.py"), String(columns), ...command]);
+    this.#program = Program.start("python3", [here("python/pty_driver.py"), String(columns), ...command], { env });
     this.#columns = columns;
+  }
+
+  /** All that was shown, with what the terminal does not show. */
+  get output(): string {
+    return this.#program.stdout;
   }
 
   async type(keys: string): Promise<void> {
