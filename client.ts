@@ -132,11 +132,11 @@ type Flags = ReturnType<typeof parseFlagsAndMessages<typeof FLAGS>>["values"];
 type Settings = NonNullable<ReturnType<typeof readFlags>>;
 
 function readTarget({ hostname, unix, port }: Flags) {
-  if (hostname === "") throw new UsageError("--hostname must not be empty");
+  if (hostname === "") throw new UsageError("--hostname must not be empty: name the server, or leave the flag out");
   if (/\/|^[^:]*:[^:]*$|\]:/.test(hostname)) {
     throw new UsageError(`--hostname takes a name or an address only; the port goes to --port: it is "${hostname}"`);
   }
-  if (unix === "") throw new UsageError("--unix must not be empty");
+  if (unix === "") throw new UsageError("--unix must not be empty: name the server's socket, or leave the flag out");
   if (unix !== undefined && port !== undefined) throw new UsageError("choose one of --port and --unix");
   return unix === undefined ? { hostname, port: wholeNumber("--port", port ?? "8009", 1, 65_535) } : { path: unix };
 }
@@ -145,8 +145,9 @@ function readTarget({ hostname, unix, port }: Flags) {
 function readTrust(flags: Flags) {
   const { tls, ca, "server-name": serverName, cert, key } = flags;
   const senseless = FOR_TLS.find((name) => flags[name] !== undefined);
-  if (!tls && senseless !== undefined) throw new UsageError(`--${senseless} is for --tls`);
+  if (!tls && senseless !== undefined) throw new UsageError(`--${senseless} is for --tls; give that too`);
   if ((cert === undefined) !== (key === undefined)) throw new UsageError("--cert and --key must be given together");
+  if (serverName === "") throw new UsageError("--server-name must not be empty: name whom the certificate must be for");
   return tls && {
     ...(ca === undefined ? {} : { caCerts: [readFileOf("--ca", ca)] }),
     ...(serverName === undefined ? {} : { serverName }),
@@ -706,6 +707,7 @@ function inFlags(message: string): string {
     .replace("in caCerts", "with --ca")
     .replace("set serverName", "set --server-name")
     .replace("speak TLS there; check the port", "speak TLS there; check the port, or leave --tls out")
+    .replace(/during the TLS handshake$/, "$&; check that it speaks TLS there, or leave --tls out")
     .replace(/^the TLS handshake failed \((received fatal alert: (\w+))\)$/, (whole, _, alert) => {
       if (alert === "CertificateRequired") {
         return "the server asks for a certificate; give it one with --cert and --key";

@@ -320,7 +320,7 @@ function makeServer(flags: Flags): Server {
   if (hostname === "") {
     throw new UsageError('--hostname must not be empty: "127.0.0.1" is this machine, "0.0.0.0" all its IPv4 addresses');
   }
-  if (path === "") throw new UsageError("--unix must not be empty");
+  if (path === "") throw new UsageError("--unix must not be empty: name the file that clients will connect to");
   if (flags.port !== undefined && path !== undefined) throw new UsageError("choose one of --port and --unix");
   const port = wholeNumber("--port", flags.port ?? "8009", 0, 65_535);
   const options: ServerOptions = {};
