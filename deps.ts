@@ -29,6 +29,7 @@ export { stdin, stdout } from "node:process";
 export { clearScreenDown, cursorTo, moveCursor } from "node:readline";
 export { createInterface } from "node:readline/promises";
 export { setTimeout as delay } from "node:timers/promises";
+export { parseArgs } from "node:util";
 
 // --- The command line of the scripts ------------------------------------------
 
