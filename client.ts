@@ -249,15 +249,17 @@ type View = (data: Uint8Array) => Uint8Array;
 
 function makeView({ hex, udp }: Settings): View {
   if (hex) return hexView(udp);
-  return Deno.stdout.isTerminal() ? safeView() : (data) => data;
+  return Deno.stdout.isTerminal() ? safeView(udp) : (data) => data;
 }
 
 /** Text that a terminal can be given: it would obey what a server sends. */
-function safeView(): View {
-  const decoder = new TextDecoder("utf-8", { ignoreBOM: true }); // A character may come in two pieces.
+function safeView(udp: boolean): View {
+  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
   return (data) => {
-    const text = decoder.decode(data, { stream: true }).replaceAll("\r\n", "\n");
-    return encoder.encode(text.replace(/[^\n\t]+/g, printable));
+    // A character may come in two pieces, but not in two datagrams.
+    const text = decoder.decode(data, { stream: !udp }).replaceAll("\r\n", "\n");
+    // An empty datagram is an answer, too.
+    return encoder.encode(udp && text === "" ? "\n" : text.replace(/[^\n\t]+/g, printable));
   };
 }
 
@@ -546,6 +548,7 @@ class Prompt implements AsyncDisposable {
   print(...texts: (Uint8Array | string)[]): void {
     const rows = this.#isShown ? this.#erase() : 0;
     for (const text of texts) {
+      if (text.length === 0) continue; // Half a character has come.
       stdout.write(text);
       if (text.at(-1) !== "\n" && text.at(-1) !== LINE_FEED) stdout.write("\n");
     }

@@ -71,7 +71,8 @@ With --json each line is an object with "time" (ISO 8601) and "event", which is
               bytesWrittenPerSecond, and all counts of the server (mod.ts tells
               of them at ServerStats)
   stopped     finished, cut (clients), duration, and the same counts
-Durations are in milliseconds. With --quiet it is error, overload and status.`;
+Durations are in milliseconds. With --quiet it is error, overload and status.
+Why the server cannot start is said on standard error all the same.`;
 
 const VERSION = "0.1.0";
 

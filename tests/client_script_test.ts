@@ -461,6 +461,7 @@ programTest("a terminal does not obey what the server sends", async () => {
     await peer.send(new Uint8Array([0xe4, 0xbd]));
     await peer.receive("\n");
     await peer.send(new Uint8Array([0xa0, 0x0a]));
+    await peer.receive("\n");
   });
   await using terminal = terminalOf(server);
   await terminal.shows(">>>");
@@ -494,10 +495,15 @@ programTest("--timing stands below each answer", async () => {
 programTest(
   "with --reconnect a server that leaves and comes back is told of, and what was typed is neither lost nor sent",
   async () => {
-    const left = new FakeServer(async (peer) => void await peer.receive("\n"));
+    const accepted = Promise.withResolvers<void>();
+    const left = new FakeServer(async (peer) => {
+      accepted.resolve();
+      await peer.receive("\n");
+    });
     const { port } = left;
     await using terminal = terminalOf(left, ["--reconnect"]);
     await terminal.shows(">>>");
+    await accepted.promise;
     const closed = left[Symbol.asyncDispose](); // It takes no more, and serves the one it has.
     await terminal.type(`one${ENTER}`);
     await closed;

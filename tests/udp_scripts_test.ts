@@ -289,6 +289,14 @@ for (const [name, ending] of [["an empty line", ENTER], ["Ctrl-D", CTRL_D]] as c
   });
 }
 
+programTest("an empty answer is shown as an empty line", async () => {
+  await using server = new PlainServer(() => [""]);
+  await using terminal = terminalOf(server);
+  await terminal.shows(">>>");
+  await terminal.type(`hello${ENTER}`);
+  await terminal.shows(">>> hello", "", ">>>");
+});
+
 programTest("several answers to one line are all printed", async () => {
   await using server = new PlainServer((text) => [`first: ${text}`, `second: ${text}`]);
   await using terminal = terminalOf(server);
