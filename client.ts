@@ -724,7 +724,9 @@ function inFlags(message: string): string {
 
 async function main(args: string[]): Promise<void> {
   const settings = readFlags(args);
-  if (settings !== null) await talk(settings);
+  if (settings === null) return;
+  await talk(settings);
+  Deno.exit(0); // A read of standard input that waits would keep the process alive.
 }
 
 if (import.meta.main) await runScript("client.ts", main);

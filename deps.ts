@@ -118,8 +118,8 @@ const FAILED = 1;
 /** The exit code of a script that was asked in the wrong way: as with most programs. */
 const MISUSED = 2;
 
-/** Runs a script to its end: what it throws becomes one sentence and an exit code. */
-export async function runScript(script: string, main: (args: string[]) => Promise<void>): Promise<never> {
+/** Runs a script; what it throws becomes one sentence and an exit code. */
+export async function runScript(script: string, main: (args: string[]) => Promise<void>): Promise<void> {
   try {
     await main(Deno.args);
   } catch (thrown) {
@@ -128,5 +128,4 @@ export async function runScript(script: string, main: (args: string[]) => Promis
     console.error("%c%s", "color: red", `${script}: ${error instanceof Error ? error.message : error}${help}`);
     Deno.exit(error instanceof UsageError ? MISUSED : FAILED);
   }
-  Deno.exit(0); // A read of standard input that waits would keep the process alive.
 }
