@@ -9,13 +9,17 @@
  * @module
  */
 
-import { parseArgs } from "./deps.ts";
+import { parseFlags, readFileOf, runScript, UsageError, wholeNumber } from "./deps.ts";
 import {
+  type ConnectionReport,
+  type Datagram,
   DatagramRequestHandler,
   DatagramServer,
   formatAddress,
   IncompleteReadError,
+  printable,
   type ServerOptions,
+  type ShutdownReport,
   StreamRequestHandler,
   type StreamServer,
   TcpServer,
@@ -37,6 +41,8 @@ Usage: deno run --allow-net server.ts [options]
                          --unstable-net too
   --cert FILE            encrypt with TLS; FILE is the server's certificate, and
   --key FILE             its private key; this needs --allow-read of both
+  --client-ca FILE       serve only clients whose certificate the authority in
+                         FILE has vouched for; this needs --allow-read=FILE
   --lines                stamp each line, instead of each chunk as it arrives
   --max-connections N    serve so many clients at once, others wait (what the
                          system allows if run with -A, else no limit)
@@ -48,22 +54,39 @@ Usage: deno run --allow-net server.ts [options]
   --idle-timeout MS      close clients that are silent for so long (never)
   --max-lifetime MS      close clients after so long, busy or not (never)
   --quiet                print errors only
+  --json                 print one line of JSON for each event, and nothing else
   --help                 print this and end
   --version              print the version and end
 
 On a terminal the last line says how the server is doing. SIGUSR2 prints the
 same anywhere, with rates since the last such line. SIGINT or SIGTERM lets
-clients finish what they have begun; a second one cuts them off.`;
+clients finish what they have begun; a second one cuts them off. Colours are for
+terminals, and not if NO_COLOR is set.
+
+With --json each line is an object with "time" (ISO 8601) and "event", which is
+  listening   address
+  opened      client
+  closed      client, reason, duration, bytesRead, bytesWritten
+  datagram    client, bytesRead (with --udp, in place of the two above)
+  error       client, name, message; also if the client has merely vanished
+  overload    message: descriptors or memory have run out
+  status      upon SIGUSR2: messagesPerSecond, bytesReadPerSecond,
+              bytesWrittenPerSecond, and all counts of the server (mod.ts tells
+              of them at ServerStats)
+  stopped     finished, cut (clients), duration, and the same counts
+Durations are in milliseconds. With --quiet it is error, overload and status.
+Why the server cannot start is said on standard error all the same.`;
 
 const VERSION = "0.1.0";
 
 const FLAGS = {
-  hostname: { type: "string", default: "127.0.0.1" },
+  hostname: { type: "string" }, // 127.0.0.1, if there is no --unix.
   port: { type: "string" }, // 8009, if there is no --unix.
   unix: { type: "string" },
   udp: { type: "boolean", default: false },
   cert: { type: "string" },
   key: { type: "string" },
+  "client-ca": { type: "string" },
   lines: { type: "boolean", default: false },
   "max-connections": { type: "string" },
   "max-connections-per-host": { type: "string" },
@@ -71,6 +94,7 @@ const FLAGS = {
   "idle-timeout": { type: "string" },
   "max-lifetime": { type: "string" },
   quiet: { type: "boolean", default: false },
+  json: { type: "boolean", default: false },
   help: { type: "boolean", default: false },
   version: { type: "boolean", default: false },
 } as const;
@@ -84,26 +108,170 @@ const LIMITS = [
 ] as const;
 
 /** The flags that mean nothing to datagrams. */
-const FOR_CONNECTIONS = ["lines", "proxy-from", ...LIMITS.map(([flag]) => flag)] as const;
+const FOR_CONNECTIONS = ["lines", "cert", "key", "client-ca", "proxy-from", ...LIMITS.map(([flag]) => flag)] as const;
 
-/** The flags that take a number. */
-const NUMBERS = new Set(["port", ...LIMITS.map(([flag]) => flag)].map((flag) => `--${flag}`));
+// --- What is told --------------------------------------------------------------
 
-let isQuiet = false;
+type Server = StreamServer | DatagramServer;
 
-/** Prints what happens. */
-function log(line: string): void {
-  if (!isQuiet) console.log(line);
+/** Messages and bytes in a second. */
+interface Rates {
+  readonly messagesPerSecond: number;
+  readonly bytesReadPerSecond: number;
+  readonly bytesWrittenPerSecond: number;
 }
+
+/** Tells whoever runs the server what happens. */
+interface Reporter {
+  listening(address: Deno.Addr): void;
+  opened(client: Deno.Addr): void;
+  closed(client: Deno.Addr, report: ConnectionReport): void;
+  received(datagram: Datagram): void;
+  failed(error: unknown, client: Deno.Addr): void;
+  overloaded(error: unknown): void;
+  asked(server: Server, rates: Rates): void;
+  stopped(server: Server, report: ShutdownReport): void;
+}
+
+/** The tutorial's words. Without a terminal, or with NO_COLOR, the console leaves out the colours. */
+class TextReporter implements Reporter {
+  readonly #isQuiet: boolean;
+
+  constructor(isQuiet: boolean) {
+    this.#isQuiet = isQuiet;
+  }
+
+  listening(address: Deno.Addr): void {
+    this.#log("waiting for connection... on %c%s", ADDRESS_STYLE, formatAddress(address));
+  }
+
+  opened(client: Deno.Addr): void {
+    this.#log("...connected from: %c%s", ADDRESS_STYLE, formatAddress(client));
+  }
+
+  closed(): void {}
+
+  received({ clientAddress }: Datagram): void {
+    this.#log("...datagram from: %c%s", ADDRESS_STYLE, formatAddress(clientAddress));
+  }
+
+  failed(error: unknown): void {
+    console.error("server.ts: %s", printable(messageOf(error)));
+  }
+
+  overloaded(error: unknown): void {
+    console.error("server.ts: cannot accept connections for now: %s", printable(messageOf(error)));
+  }
+
+  asked(server: Server, rates: Rates): void {
+    console.log(statusText(server, rates));
+  }
+
+  stopped(server: Server, { cut }: ShutdownReport): void {
+    const { accepted, dropped, handshakeFailures, bytesRead, bytesWritten } = server.stats;
+    const requests = server instanceof DatagramServer
+      ? `datagrams: ${accepted}, dropped: ${dropped}`
+      : `clients: ${accepted}, cut off: ${cut.length}`;
+    const failures = handshakeFailures === 0 ? "" : `, handshakes failed: ${handshakeFailures}`;
+    this.#log(`${requests}${failures}, bytes in: ${bytesRead}, bytes out: ${bytesWritten}`);
+  }
+
+  #log(...data: string[]): void {
+    if (!this.#isQuiet) console.log(...data);
+  }
+}
+
+const ADDRESS_STYLE = "color: cyan";
+const ERROR_STYLE = "color: red";
+
+/** One line of JSON for each event; `--help` tells their fields. */
+class JsonReporter implements Reporter {
+  readonly #isQuiet: boolean;
+
+  constructor(isQuiet: boolean) {
+    this.#isQuiet = isQuiet;
+  }
+
+  listening(address: Deno.Addr): void {
+    this.#print("listening", { address: formatAddress(address) });
+  }
+
+  opened(client: Deno.Addr): void {
+    this.#print("opened", { client: formatAddress(client) });
+  }
+
+  closed(client: Deno.Addr, { reason, duration, bytesRead, bytesWritten }: ConnectionReport): void {
+    this.#print("closed", {
+      client: formatAddress(client),
+      reason,
+      duration: rounded(duration),
+      bytesRead,
+      bytesWritten,
+    });
+  }
+
+  received({ clientAddress, bytesRead }: Datagram): void {
+    this.#print("datagram", { client: formatAddress(clientAddress), bytesRead });
+  }
+
+  failed(error: unknown, client: Deno.Addr): void {
+    const name = error instanceof Error ? error.name : typeof error;
+    this.#print("error", { client: formatAddress(client), name, message: messageOf(error) });
+  }
+
+  overloaded(error: unknown): void {
+    this.#print("overload", { message: messageOf(error) });
+  }
+
+  asked({ stats }: Server, rates: Rates): void {
+    this.#print("status", { ...rates, ...stats });
+  }
+
+  stopped({ stats }: Server, { finished, cut, duration }: ShutdownReport): void {
+    this.#print("stopped", { finished, cut: cut.map(formatAddress), duration: rounded(duration), ...stats });
+  }
+
+  #print(event: string, fields: Record<string, unknown>): void {
+    if (this.#isQuiet && !["error", "overload", "status"].includes(event)) return;
+    const line = JSON.stringify({ time: new Date().toISOString(), event, ...fields });
+    // JSON leaves some of what a terminal acts on as it is.
+    console.log("%s", line.replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, escapeInJson));
+  }
+}
+
+/** To the microsecond. */
+function rounded(ms: number): number {
+  return Math.round(ms * 1_000) / 1_000;
+}
+
+function escapeInJson(character: string): string {
+  const units = Array.from({ length: character.length }, (_, index) => character.charCodeAt(index));
+  return units.map((unit) => `\\u${unit.toString(16).padStart(4, "0")}`).join("");
+}
+
+function messageOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
+}
+
+/** Has `reporter` told of all that happens at `server`. It sets hooks on the object: one class for each kind of server would say the same four times. */
+function observe(server: Server, reporter: Reporter): void {
+  if (!(server instanceof DatagramServer)) {
+    server.handleOpen = (_request, client) => reporter.opened(client);
+    server.handleClose = (report, client) => reporter.closed(client, report);
+  }
+  if (reporter instanceof TextReporter) return; // The library prints errors by itself, with their stack.
+  server.handleError = (error, client) => reporter.failed(error, client);
+  server.handleOverload = (error) => reporter.overloaded(error);
+}
+
+let reporter: Reporter = new TextReporter(false);
+
+// --- What is answered ----------------------------------------------------------
 
 /** Chunks, lines or datagrams that were answered. */
 let messages = 0;
 
 abstract class Stamp extends StreamRequestHandler {
-  override setup() {
-    log(`...connected from: ${formatAddress(this.clientAddress)}`);
-  }
-
   /** Answers with the time and `data`, whose bytes pass through unchanged. */
   protected async answer(data: Uint8Array) {
     messages++;
@@ -132,12 +300,12 @@ class StampLines extends Stamp {
 class StampDatagrams extends DatagramRequestHandler {
   override async handle() {
     messages++;
-    log(`...datagram from: ${formatAddress(this.clientAddress)}`);
+    reporter.received(this.request);
     const stamp = new TextEncoder().encode(`[${ctime(new Date())}] `);
     try {
       await this.request.reply(new Uint8Array([...stamp, ...this.request.data]));
     } catch (error) { // The answer is too long, or the client cannot be answered.
-      console.error(`server.ts: ${error instanceof Error ? error.message : error}`);
+      reporter.failed(error, this.clientAddress);
     }
   }
 }
@@ -148,98 +316,77 @@ function ctime(date: Date): string {
   return `${weekday} ${month} ${String(Number(day)).padStart(2)} ${time} ${year}`;
 }
 
-function number(flag: string, text: string, least: number, most = Infinity): number {
-  const value = /^(\d+|Infinity)$/.test(text) ? Number(text) : NaN;
-  if (value >= least && value <= most) return value;
-  const range = most === Infinity ? `, ${least} or more, or Infinity` : ` from ${least} to ${most}`;
-  throw new TypeError(`${flag} must be a whole number${range}: it is "${text}"`);
-}
+// --- What the flags ask for ----------------------------------------------------
 
-/** Parses the flags; what it throws is one sentence. */
-function parse(args: string[]) {
-  try {
-    return parseArgs({ args: withNegatives(args), options: FLAGS });
-  } catch (error) {
-    throw error instanceof Error ? new TypeError(error.message.replace(/\.?\s+(To|This|Did) .*/s, "")) : error;
-  }
-}
+type Flags = ReturnType<typeof parseFlags<typeof FLAGS>>["values"];
 
-/** Writes `--port -1` as `--port=-1`, as the parser would take the number for a flag. */
-function withNegatives(args: string[]): string[] {
-  const joined: string[] = [];
-  for (const [index, arg] of args.entries()) {
-    const isNumber = /^-\d/.test(arg) && NUMBERS.has(args[index - 1] ?? "") && !args.slice(0, index).includes("--");
-    joined.push(isNumber ? `${joined.pop()}=${arg}` : arg);
+function makeServer(flags: Flags): Server {
+  const { hostname = "127.0.0.1", unix: path } = flags;
+  if (hostname === "") {
+    throw new UsageError('--hostname must not be empty: "127.0.0.1" is this machine, "0.0.0.0" all its IPv4 addresses');
   }
-  return joined;
-}
-
-/** The text of the file that `flag` names. */
-function read(flag: string, file: string): string {
-  try {
-    return Deno.readTextFileSync(file);
-  } catch (error) {
-    if (error instanceof Deno.errors.NotCapable) {
-      throw new TypeError(`${flag}: permission is missing; run again with --allow-read=${file}`);
-    }
-    throw new TypeError(`${flag}: cannot read ${file}`);
+  if (path === "") throw new UsageError("--unix must not be empty: name the file that clients will connect to");
+  for (const flag of ["hostname", "port"] as const) {
+    if (flags[flag] !== undefined && path !== undefined) throw new UsageError(`choose one of --${flag} and --unix`);
   }
-}
-
-/** Makes what the flags ask for; `null` if they only asked to be told something. */
-function makeServer(args: string[]): StreamServer | DatagramServer | null {
-  const { values: flags } = parse(args);
-  if (flags.help || flags.version) {
-    console.log(flags.help ? USAGE : `server.ts ${VERSION}`);
-    return null;
-  }
-  isQuiet = flags.quiet;
-  const { hostname, unix: path } = flags;
-  if (flags.port !== undefined && path !== undefined) throw new TypeError("choose one of --port and --unix");
-  const port = number("--port", flags.port ?? "8009", 0, 65_535);
+  const port = wholeNumber("--port", flags.port ?? "8009", 0, 65_535);
   const options: ServerOptions = {};
   for (const [flag, option] of LIMITS) {
     const text = flags[flag];
-    if (text !== undefined) options[option] = number(`--${flag}`, text, 1);
+    if (text !== undefined) options[option] = wholeNumber(`--${flag}`, text, 1);
   }
   const proxies = flags["proxy-from"];
   if (proxies !== undefined) options.proxyProtocol = { from: proxies.split(",") };
   if (flags.udp) {
-    const isEncrypted = flags.cert !== undefined || flags.key !== undefined;
-    const senseless = isEncrypted ? "cert" : FOR_CONNECTIONS.find((name) => flags[name]);
-    if (senseless !== undefined) throw new TypeError(`--${senseless} is for connections, and --udp has none`);
+    const senseless = FOR_CONNECTIONS.find((name) => flags[name]);
+    if (senseless !== undefined) throw new UsageError(`--${senseless} is for connections, and --udp has none`);
     return path === undefined
       ? new UdpServer({ hostname, port }, StampDatagrams)
       : new UnixDatagramServer({ path }, StampDatagrams);
   }
   const Handler = flags.lines ? StampLines : StampChunks;
-  const { cert, key } = flags;
-  if ((cert === undefined) !== (key === undefined)) throw new TypeError("--cert and --key must be given together");
-  if (cert !== undefined && path !== undefined) throw new TypeError("--cert is not for --unix");
+  const { cert, key, "client-ca": clientCa } = flags;
+  if ((cert === undefined) !== (key === undefined)) throw new UsageError("--cert and --key must be given together");
+  if (cert !== undefined && path !== undefined) throw new UsageError("--cert is not for --unix");
+  if (clientCa !== undefined && cert === undefined) {
+    throw new UsageError("--client-ca is for TLS; it needs --cert and --key too");
+  }
   if (path !== undefined) return new UnixServer({ path }, Handler, options);
   if (cert === undefined || key === undefined) return new TcpServer({ hostname, port }, Handler, options);
-  return new TlsServer({ hostname, port, cert: read("--cert", cert), key: read("--key", key) }, Handler, options);
+  const identity = { cert: readFileOf("--cert", cert), key: readFileOf("--key", key) };
+  const trust = clientCa === undefined ? {} : { clientCa: readFileOf("--client-ca", clientCa) };
+  return new TlsServer({ hostname, port, ...identity, ...trust }, Handler, options);
 }
 
-/** How a server is doing: who is there, and rates since it was last asked. */
+// --- How it is doing -----------------------------------------------------------
+
+/** The rates of a server since it was last asked. */
 class Meter {
-  readonly #server: StreamServer | DatagramServer;
+  readonly #server: Server;
   #last = { at: performance.now(), messages, bytesRead: 0, bytesWritten: 0 };
 
-  constructor(server: StreamServer | DatagramServer) {
+  constructor(server: Server) {
     this.#server = server;
   }
 
-  read(): string {
-    const { active, bytesRead, bytesWritten } = this.#server.stats;
+  read(): Rates {
+    const { bytesRead, bytesWritten } = this.#server.stats;
     const last = this.#last;
     const next = this.#last = { at: performance.now(), messages, bytesRead, bytesWritten };
     const rate = (what: "messages" | "bytesRead" | "bytesWritten") =>
       Math.round((next[what] - last[what]) * 1_000 / Math.max(next.at - last.at, 1));
-    const there = `${this.#server instanceof DatagramServer ? "datagrams" : "connections"}: ${active}`;
-    const traffic = `bytes/s in: ${rate("bytesRead")}, bytes/s out: ${rate("bytesWritten")}`;
-    return `${there}, messages/s: ${rate("messages")}, ${traffic}`;
+    return {
+      messagesPerSecond: rate("messages"),
+      bytesReadPerSecond: rate("bytesRead"),
+      bytesWrittenPerSecond: rate("bytesWritten"),
+    };
   }
+}
+
+function statusText(server: Server, { messagesPerSecond, bytesReadPerSecond, bytesWrittenPerSecond }: Rates): string {
+  const there = `${server instanceof DatagramServer ? "datagrams" : "connections"}: ${server.stats.active}`;
+  const traffic = `bytes/s in: ${bytesReadPerSecond}, bytes/s out: ${bytesWrittenPerSecond}`;
+  return `${there}, messages/s: ${messagesPerSecond}, ${traffic}`;
 }
 
 /** How often the status line is drawn anew: a person can read it meanwhile. */
@@ -247,13 +394,15 @@ const STATUS_INTERVAL_MS = 1_000;
 
 /** The last line of a terminal, that says how the server is doing. What else is printed goes above it. */
 class StatusLine implements Disposable {
+  readonly #server: Server;
   readonly #meter: Meter;
   readonly #timer: ReturnType<typeof setInterval>;
   readonly #print = { log: console.log, error: console.error };
   #text = "";
 
-  constructor(meter: Meter) {
-    this.#meter = meter;
+  constructor(server: Server) {
+    this.#server = server;
+    this.#meter = new Meter(server);
     // The library prints its errors by the console, too.
     for (const way of ["log", "error"] as const) console[way] = (...data) => this.#printAbove(way, data);
     this.#timer = setInterval(() => this.#update(), STATUS_INTERVAL_MS);
@@ -267,13 +416,13 @@ class StatusLine implements Disposable {
   }
 
   #update(): void {
-    this.#text = this.#meter.read();
+    this.#text = statusText(this.#server, this.#meter.read());
     this.#show(this.#text);
   }
 
   #printAbove(way: "log" | "error", data: unknown[]): void {
     this.#show("");
-    this.#print[way](...data);
+    this.#print[way](...(way === "error" ? inErrorStyle(data) : data));
     this.#show(this.#text);
   }
 
@@ -288,47 +437,40 @@ class StatusLine implements Disposable {
   }
 }
 
+/** What goes to the console as an error, in its colour. */
+function inErrorStyle([format, ...data]: unknown[]): unknown[] {
+  return typeof format === "string" ? [`%c${format}`, ERROR_STYLE, ...data] : [format, ...data];
+}
+
 /** SIGUSR1 is the runtime's own; other systems have neither. */
 const STATUS_SIGNAL = Deno.build.os === "windows" ? undefined : "SIGUSR2";
 
-async function serve(server: StreamServer | DatagramServer): Promise<void> {
+async function serve(server: Server, hasStatusLine: boolean): Promise<void> {
   let received = 0;
   const stop = () => received++ === 0 ? void server.shutdown() : server.close();
   const meter = new Meter(server);
   const listeners = new Map<Deno.Signal, () => void>([["SIGINT", stop], ["SIGTERM", stop]]);
-  if (STATUS_SIGNAL !== undefined) listeners.set(STATUS_SIGNAL, () => console.log(meter.read()));
+  if (STATUS_SIGNAL !== undefined) listeners.set(STATUS_SIGNAL, () => reporter.asked(server, meter.read()));
   for (const [signal, listener] of listeners) Deno.addSignalListener(signal, listener);
   try {
-    log(`waiting for connection... on ${formatAddress(await server.listen())}`);
-    using _status = Deno.stdout.isTerminal() && !isQuiet ? new StatusLine(new Meter(server)) : undefined;
+    reporter.listening(await server.listen());
+    using _status = hasStatusLine ? new StatusLine(server) : undefined;
     await server.serveForever();
   } finally {
     for (const [signal, listener] of listeners) Deno.removeSignalListener(signal, listener);
   }
-  const { cut } = await server.shutdown(); // It is over: this is its report.
-  const { accepted, dropped, handshakeFailures, bytesRead, bytesWritten } = server.stats;
-  const requests = server instanceof DatagramServer
-    ? `datagrams: ${accepted}, dropped: ${dropped}`
-    : `clients: ${accepted}, cut off: ${cut.length}`;
-  const failures = handshakeFailures === 0 ? "" : `, handshakes failed: ${handshakeFailures}`;
-  log(`${requests}${failures}, bytes in: ${bytesRead}, bytes out: ${bytesWritten}`);
+  reporter.stopped(server, await server.shutdown()); // It is over: this is its report.
 }
 
-/** The library's names for options are flags here, and its texts are files. */
-function inFlags(message: string): string {
-  return message.replace(/\b(cert|key) (holds|is not)/, "--$1 $2").replace(/; give it the text of.*/, "")
-    .replace(/(Option )?"proxyProtocol\.from"/, "--proxy-from");
+async function main(args: string[]): Promise<void> {
+  const { values: flags } = parseFlags(args, FLAGS);
+  if (flags.help) return console.log(USAGE);
+  if (flags.version) return console.log(`server.ts ${VERSION}`);
+  const { quiet, json } = flags;
+  const server = makeServer(flags);
+  reporter = json ? new JsonReporter(quiet) : new TextReporter(quiet);
+  observe(server, reporter);
+  await serve(server, Deno.stdout.isTerminal() && !quiet && !json);
 }
 
-if (import.meta.main) {
-  let exitCode = 2; // The flags are wrong.
-  try {
-    const server = makeServer(Deno.args);
-    exitCode = 1; // The server cannot run.
-    if (server !== null) await serve(server);
-  } catch (error) {
-    const help = exitCode === 2 ? "; --help lists the flags" : "";
-    console.error(`server.ts: ${error instanceof Error ? inFlags(error.message) : error}${help}`);
-    Deno.exit(exitCode);
-  }
-}
+if (import.meta.main) await runScript("server.ts", main);

@@ -59,6 +59,31 @@ programTest("with --no-newline messages are sent as they are", async () => {
   assertMatch(stdout, stamped("one", "two"));
 });
 
+programTest("with --hex messages are bytes, and so is what comes", async () => {
+  const received: Uint8Array[] = [];
+  await using server = new FakeServer(async (peer) => {
+    received.push(new TextEncoder().encode(await peer.receive("\n")));
+    await peer.send(Uint8Array.from({ length: 20 }, (_, i) => i + 0x30));
+    await peer.receive("!");
+    await peer.send(new Uint8Array([0xff, 0x0a]));
+  });
+  const { code, stdout, stderr } = await runClient(server, ["--hex", "68 6f0A", "21"]);
+  const rows = [
+    "00000000  30 31 32 33 34 35 36 37  38 39 3a 3b 3c 3d 3e 3f  |0123456789:;<=>?|",
+    "00000010  40 41 42 43                                       |@ABC|",
+    "00000014  ff 0a                                             |..|",
+  ];
+  assertEquals([code, stderr, stdout], [0, "", rows.join("\n") + "\n"]);
+  assertEquals(received, [new Uint8Array([0x68, 0x6f, 0x0a])]);
+});
+
+programTest("--timing tells on standard error how long each answer took", async () => {
+  await using server = new FakeServer(echo);
+  const { code, stdout, stderr } = await runClient(server, ["--timing", "one", "two"]);
+  assertEquals([code, stdout], [0, "one\ntwo\n"]);
+  assertMatch(stderr, /^\d+\.\d ms\n\d+\.\d ms\n$/);
+});
+
 programTest("behind -- a message may look like a flag", async () => {
   await using server = new FakeServer(echo);
   assertEquals((await runClient(server, ["--", "--help"])).stdout, "--help\n");
@@ -164,6 +189,37 @@ programTest("what the server says behind the half-close is printed", async () =>
   assertEquals([code, stdout], [0, "answer\n" + ("x".repeat(10_000) + "\n").repeat(100)]);
 });
 
+programTest("with --hex each piped line is bytes, and a line that is none ends it before it is sent", async () => {
+  await using server = new FakeServer(echo);
+  const { code, stdout } = await runClient(server, ["--hex"], "6f 6e 65\n\n  74776F \r\n21");
+  const row = (at: number, bytes: string, text: string) => `${`0000000${at}  ${bytes}`.padEnd(58)}  |${text}|\n`;
+  assertEquals([code, stdout], [0, row(0, "6f 6e 65", "one") + row(3, "74 77 6f", "two") + row(6, "21", "!")]);
+  const wrong = await runClient(server, ["--hex"], "21\n2 1\n21\n");
+  assertFailed(wrong, 1, /^client\.ts: line 2 and what follows is not sent: "2" is not in hexadecimal; /);
+  assertEquals(wrong.stdout, row(0, "21", "!"));
+});
+
+programTest("with --reconnect no piped line is sent twice, and one without an answer is named", async () => {
+  const received: string[] = [];
+  let answers = 1;
+  await using server = new FakeServer(async (peer) => {
+    for (let line; (line = await peer.receive("\n")) !== ""; answers--) {
+      received.push(line);
+      if (answers === 0) return void (answers = 10);
+      await peer.send(line);
+    }
+  });
+  const { code, stdout, stderr } = await runClient(server, ["--reconnect"], "one\ntwo\nthree\nfour\n");
+  assertEquals([code, stdout, received.join("")], [1, "one\nthree\nfour\n", "one\ntwo\nthree\nfour\n"]);
+  assertEquals(stderr.split("\n"), [
+    "client.ts: the server has left before it answered line 2, which is not sent again",
+    "client.ts: trying to reach the server again…",
+    "client.ts: the server is back",
+    "client.ts: 1 of 4 lines were not answered; send them again if need be",
+    "",
+  ]);
+});
+
 // --- Flags ------------------------------------------------------------------------
 
 const TOLD = [
@@ -178,52 +234,6 @@ for (const { flag, told } of TOLD) {
     assertMatch(stdout, told);
   });
 }
-
-const BAD_FLAGS = [
-  { args: ["--nope"], named: /'--nope'/ },
-  { args: ["--port"], named: /'--port <value>'/ },
-  { args: ["--port", "http"], named: /--port .*"http"/ },
-  { args: ["--port", "0"], named: /--port .*"0"/ },
-  { args: ["--port=-1"], named: /--port .*"-1"/ },
-  { args: ["--port", "65536"], named: /--port .*65535.*"65536"/ },
-  { args: ["--port", "Infinity"], named: /--port .*"Infinity"/ },
-  { args: ["--timeout", "0"], named: /--timeout .*"0"/ },
-  { args: ["--timeout", "1s"], named: /--timeout .*"1s"/ },
-  { args: ["--retries=-1"], named: /--retries .*"-1"/ },
-  { args: ["--retries", "many"], named: /--retries .*"many"/ },
-  { args: ["--keep-open=yes"], named: /'--keep-open'/ },
-  { args: ["--hostname", ""], named: /--hostname/ },
-  { args: ["--unix", ""], named: /--unix/ },
-  { args: ["--host", "x"], named: /: Unknown option '--host'; --help/ },
-  { args: ["-x"], named: /: Unknown option '-x'; --help/ },
-  { args: ["--port", "-1"], named: /: --port must be a whole number from 1 to 65535: it is "-1"; --help/ },
-  {
-    args: ["--timeout", "-1"],
-    named: /: --timeout must be a whole number, 1 or more, or Infinity: it is "-1"; --help/,
-  },
-  {
-    args: ["--retries", "-1"],
-    named: /: --retries must be a whole number, 0 or more, or Infinity: it is "-1"; --help/,
-  },
-  { args: ["--unix", "--keep-open"], named: /: Option '--unix' argument is ambiguous; --help/ },
-  { args: ["--port", "1", "--unix", "/tmp/a.sock"], named: /: choose one of --port and --unix; --help/ },
-  { args: ["--hostname", "http://x"], named: /: --hostname takes a name or an address only; the port goes to --port/ },
-  {
-    args: ["--hostname", "127.0.0.1:8009"],
-    named: /: --hostname takes a name or an address only; .*"127\.0\.0\.1:8009"/,
-  },
-  { args: ["--hostname", "[::1]:8009"], named: /: --hostname takes a name or an address only; / },
-];
-
-programTest("a bad flag is named, and ends client.ts with 2", async (t) => {
-  for (const { args, named } of BAD_FLAGS) {
-    await t.step(args.join(" "), async () => {
-      const outcome = await runScript("client.ts", args, { permissions: ["--allow-net", "--allow-read"] });
-      assertFailed(outcome, 2, named);
-      assertMatch(outcome.stderr, /^client\.ts: .*; --help lists the flags\n$/);
-    });
-  }
-});
 
 programTest("--retries waits for a server that comes later", async () => {
   const port = freePort();
@@ -243,7 +253,7 @@ programTest("a server that does not answer within --timeout is one sentence and 
     assertFailed(
       await runClient(server, ["--timeout", "100"], input),
       1,
-      /^client\.ts: the server did not answer within 100 ms\n$/,
+      /^client\.ts: the server did not answer within 100 ms; try a longer --timeout\n$/,
     );
   }
 });
@@ -316,8 +326,9 @@ programTest("a reader that leaves is no reason for a stack trace", async () => {
 // --- On a terminal ------------------------------------------------------------------
 
 const ENTER = "\r";
-const [UP, LEFT] = ["\x1b[A", "\x1b[D"];
-const [CTRL_C, CTRL_D] = ["\x03", "\x04"];
+const TAB = "\t";
+const [UP, DOWN, LEFT] = ["\x1b[A", "\x1b[B", "\x1b[D"];
+const [CTRL_C, CTRL_D, CTRL_L, CTRL_U] = ["\x03", "\x04", "\x0c", "\x15"];
 const SANE = "exit code 0, terminal as it was";
 
 function terminalOf(server: FakeServer, args: string[] = [], columns = 80): Terminal {
@@ -400,6 +411,130 @@ programTest("the up arrow brings back the last line", async () => {
   await terminal.shows(">>> hello", "echo: hello", ">>> hello", "echo: hello", ">>>");
 });
 
+programTest("the arrows bring back each line once, and no empty one", async () => {
+  await using server = new FakeServer(echoLines);
+  await using terminal = terminalOf(server, ["--keep-open"]);
+  await terminal.shows(">>>");
+  const rows: string[] = [];
+  for (const line of ["one", "two", "one", "", "one"]) {
+    await terminal.type(`${line}${ENTER}`);
+    rows.push(`>>> ${line}`.trimEnd(), ...(line === "" ? [] : [`echo: ${line}`]));
+    await terminal.shows(...rows, ">>>");
+  }
+  for (const shown of ["one", "two"]) {
+    await terminal.type(UP);
+    await terminal.shows(...rows, `>>> ${shown}`);
+  }
+  await terminal.type(DOWN);
+  await terminal.shows(...rows, ">>> one");
+});
+
+programTest("Tab completes a line of this session", async () => {
+  await using server = new FakeServer(echoLines);
+  await using terminal = terminalOf(server);
+  await terminal.shows(">>>");
+  await terminal.type(`hello there${ENTER}`);
+  const rows = [">>> hello there", "echo: hello there"];
+  await terminal.shows(...rows, ">>>");
+  await terminal.type("he");
+  await terminal.shows(...rows, ">>> he");
+  await terminal.type(TAB);
+  await terminal.shows(...rows, ">>> hello there");
+});
+
+programTest("Ctrl-L clears the screen and keeps what is typed", async () => {
+  await using server = new FakeServer(echoLines);
+  await using terminal = terminalOf(server);
+  await terminal.shows(">>>");
+  await terminal.type(`one${ENTER}`);
+  await terminal.shows(">>> one", "echo: one", ">>>");
+  await terminal.type("half");
+  await terminal.shows(">>> one", "echo: one", ">>> half");
+  await terminal.type(CTRL_L);
+  await terminal.shows(">>> half");
+});
+
+programTest("a terminal does not obey what the server sends", async () => {
+  await using server = new FakeServer(async (peer) => {
+    await peer.receive("\n");
+    await peer.send("\x1b[2J\x9b2J\u202e\tkept\r\n");
+    await peer.send(new Uint8Array([0xe4, 0xbd]));
+    await peer.receive("\n");
+    await peer.send(new Uint8Array([0xa0, 0x0a]));
+    await peer.receive("\n");
+  });
+  await using terminal = terminalOf(server);
+  await terminal.shows(">>>");
+  await terminal.type(`one${ENTER}`);
+  await terminal.shows(">>> one", "\\x1b[2J\\x9b2J\\u202e\tkept", ">>>");
+  await terminal.type(`two${ENTER}`);
+  await terminal.shows(">>> one", "\\x1b[2J\\x9b2J\\u202e\tkept", ">>> two", "你", ">>>");
+});
+
+programTest("with --hex a line that is no bytes is not sent, and says why", async () => {
+  await using server = new FakeServer(echo);
+  await using terminal = terminalOf(server, ["--hex"]);
+  await terminal.shows(">>>");
+  await terminal.type(`xy${ENTER}`);
+  const why = '"xy" is not in hexadecimal; write two digits for each byte, such as 68 65 6c 6c 6f.';
+  const rows = [">>> xy", `Not sent: ${why}`.slice(0, 80), `Not sent: ${why}`.slice(80)];
+  await terminal.shows(...rows, ">>>");
+  await terminal.type(`68 69${ENTER}`);
+  const row = "00000000  68 69                                             |hi|";
+  await terminal.shows(...rows, ">>> 68 69", row, ">>>");
+});
+
+programTest("--timing stands below each answer", async () => {
+  await using server = new FakeServer(echoLines);
+  await using terminal = terminalOf(server, ["--timing", "--keep-open"]);
+  await terminal.shows(">>>");
+  await terminal.type(`one${ENTER}`);
+  await terminal.showsLike(/^>>> one\necho: one\n\d+\.\d ms\n>>>$/);
+});
+
+programTest(
+  "with --reconnect a server that leaves and comes back is told of, and what was typed is neither lost nor sent",
+  async () => {
+    const accepted = Promise.withResolvers<void>();
+    const left = new FakeServer(async (peer) => {
+      accepted.resolve();
+      await peer.receive("\n");
+    });
+    const { port } = left;
+    await using terminal = terminalOf(left, ["--reconnect"]);
+    await terminal.shows(">>>");
+    await accepted.promise;
+    const closed = left[Symbol.asyncDispose](); // It takes no more, and serves the one it has.
+    await terminal.type(`one${ENTER}`);
+    await closed;
+    const gone = "The server has left before it answered, and nothing is sent again; trying again…";
+    await terminal.shows(">>> one", gone, "---");
+    await terminal.type(`two${ENTER}`);
+    const kept = "Not sent, as the server is away; the up arrow brings the line back.";
+    await terminal.shows(">>> one", gone, "--- two", kept, "---");
+    await terminal.type("half");
+    await terminal.shows(">>> one", gone, "--- two", kept, "--- half");
+    await using _back = new FakeServer(echoLines, port);
+    const rows = [">>> one", gone, "--- two", kept, "The server is back."];
+    await terminal.shows(...rows, ">>> half");
+    await terminal.type(`${CTRL_U}${UP}${ENTER}`);
+    await terminal.shows(...rows, ">>> two", "echo: two", ">>>");
+    await terminal.type(CTRL_D);
+    assertEquals((await terminal.ended()).how, SANE);
+  },
+);
+
+programTest("a person need not wait for a server that does not come back", async () => {
+  const server = new TalkingServer();
+  await using terminal = terminalOf(server, ["--reconnect"]);
+  await terminal.shows(">>>");
+  await server.hangUp();
+  await server[Symbol.asyncDispose]();
+  await terminal.shows("The server has left; trying again…", "---");
+  await terminal.type(CTRL_D);
+  assertEquals(await terminal.ended(), { how: SANE, screen: ["The server has left; trying again…", "---", ""] });
+});
+
 programTest("a line can be edited in its middle", async () => {
   await using server = new FakeServer(echoLines);
   await using terminal = terminalOf(server);
@@ -461,7 +596,7 @@ programTest("a server that resets the connection ends the client with a clear li
   const { how, screen } = await terminal.ended();
   assertEquals(how, "exit code 1, terminal as it was");
   assertEquals(screen[0], ">>> hello");
-  assertEquals(screen.slice(-2), ["client.ts: the server has left in the middle", ""]);
+  assertEquals(screen.slice(-2), ["client.ts: the server has left in the middle; start it again", ""]);
 });
 
 programTest("a server that cannot be reached leaves the terminal sane", async () => {

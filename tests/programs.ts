@@ -269,10 +269,20 @@ export class Terminal implements AsyncDisposable {
   readonly #program: Program;
   readonly #columns: number;
 
-  constructor(args: string[], columns = 80, script: "server.ts" | "client.ts" = "client.ts") {
+  constructor(
+    args: string[],
+    columns = 80,
+    script: "server.ts" | "client.ts" = "client.ts",
+    env: Record<string, string> = {},
+  ) {
     const command = [Deno.execPath(), ...denoArgs(script, args, ["--allow-net=127.0.0.1"])];
-    this.#program = Program.start("python3", [here("python/pty_driver.py"), String(columns), ...command]);
+    this.#program = Program.start("python3", [here("python/pty_driver.py"), String(columns), ...command], { env });
     this.#columns = columns;
+  }
+
+  /** All that was shown, with what the terminal does not show. */
+  get output(): string {
+    return this.#program.stdout;
   }
 
   async type(keys: string): Promise<void> {
@@ -284,6 +294,12 @@ export class Terminal implements AsyncDisposable {
     const wanted = rows.join("\n");
     const isShown = (output: string) => screen(output, this.#columns).join("\n") === wanted;
     await this.#program.shows(`the screen\n${wanted}`, isShown);
+  }
+
+  /** Waits until the screen is like `pattern`. */
+  async showsLike(pattern: RegExp): Promise<void> {
+    const isShown = (output: string) => pattern.test(screen(output, this.#columns).join("\n"));
+    await this.#program.shows(`the screen ${pattern}`, isShown);
   }
 
   /** How the program ended: its exit code, whether the terminal is sane, and what the screen shows. */
@@ -500,11 +516,12 @@ export function screen(output: string, columns = 80): string[] {
     D: (n) => column = Math.max(0, column - n),
     // Rows and columns count from 1; a 0 is taken for it.
     G: (n) => column = Math.max(0, n - 1),
+    H: () => [row, column] = [0, 0], // It is used for the corner only.
     J: () => rows.splice(row, rows.length, (rows[row] ?? "").slice(0, column)),
     K: () => rows[row] = (rows[row] ?? "").slice(0, column),
   };
   // deno-lint-ignore no-control-regex
-  for (const [token, count, name] of output.matchAll(/\x1b\[\??(\d*)([A-Za-z])|[\r\n]|[^\x1b\r\n]+/g)) {
+  for (const [token, count, name] of output.matchAll(/\x1b\[\??(\d*)(?:;\d+)?([A-Za-z])|[\r\n]|[^\x1b\r\n]+/g)) {
     if (token === "\r") column = 0;
     else if (token === "\n") goDown(1);
     else if (name === undefined) put(token);

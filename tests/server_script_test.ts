@@ -214,49 +214,6 @@ for (const { flag, told } of TOLD) {
   });
 }
 
-const BAD_FLAGS = [
-  { args: ["--nope"], named: /'--nope'/ },
-  { args: ["--port"], named: /'--port <value>'/ },
-  { args: ["--port", "http"], named: /--port .*"http"/ },
-  { args: ["--port", ""], named: /--port .*""/ },
-  { args: ["--port=-1"], named: /--port .*"-1"/ },
-  { args: ["--port", "1e3"], named: /--port .*"1e3"/ },
-  { args: ["--port", "65536"], named: /--port .*65535.*"65536"/ },
-  { args: ["--port", "Infinity"], named: /--port .*"Infinity"/ },
-  { args: ["--hostname", ""], named: /Hostname/ },
-  { args: ["--unix", ""], named: /Path/ },
-  { args: ["--max-connections", "0"], named: /--max-connections .*"0"/ },
-  { args: ["--max-connections", "1.5"], named: /--max-connections .*"1\.5"/ },
-  { args: ["--idle-timeout", "0"], named: /--idle-timeout .*"0"/ },
-  { args: ["--idle-timeout", "soon"], named: /--idle-timeout .*"soon"/ },
-  { args: ["--max-lifetime", "0"], named: /--max-lifetime .*"0"/ },
-  { args: ["--max-connections-per-host", "-1"], named: /--max-connections-per-host .*"-1"/ },
-  { args: ["--proxy-from", "10.0.0.1/8"], named: /--proxy-from has "10\.0\.0\.1\/8", .* inside of 10\.0\.0\.0\/8/ },
-  { args: ["--proxy-from", "127.0.0.1", "--udp"], named: /--proxy-from is for connections/ },
-  { args: ["--quiet=yes"], named: /'--quiet'/ },
-  { args: ["8009"], named: /'8009'/ },
-  { args: ["--nope"], named: /: Unknown option '--nope'; --help/ },
-  { args: ["--host", "x"], named: /: Unknown option '--host'; --help/ },
-  { args: ["--port", "-1"], named: /: --port must be a whole number from 0 to 65535: it is "-1"; --help/ },
-  {
-    args: ["--max-connections", "-1"],
-    named: /: --max-connections must be a whole number, 1 or more, or Infinity: it is "-1"; --help/,
-  },
-  { args: ["--idle-timeout", "-1.5"], named: /: --idle-timeout .*"-1\.5"; --help/ },
-  { args: ["--unix", "--quiet"], named: /: Option '--unix' argument is ambiguous; --help/ },
-  { args: ["--port", "0", "--unix", "/tmp/a.sock"], named: /: choose one of --port and --unix; --help/ },
-];
-
-programTest("a bad flag is named, and ends server.ts with 2", async (t) => {
-  for (const { args, named } of BAD_FLAGS) {
-    await t.step(args.join(" "), async () => {
-      const outcome = await runScript("server.ts", args, { permissions: [] });
-      assertFailed(outcome, 2, named);
-      assertMatch(outcome.stderr, /^server\.ts: .*; --help lists the flags\n$/);
-    });
-  }
-});
-
 // --- Failures -----------------------------------------------------------------
 
 programTest("a port in use is one sentence and exit code 1", async () => {
@@ -370,6 +327,143 @@ programTest("on a narrow terminal the last line is cut, and with --quiet there i
   await runScript("client.ts", ["--port", String(port), "--retries", "50", "hello"]);
   await quiet.type("\x03");
   assertEquals((await quiet.ended()).screen, ["^C"]);
+});
+
+// --- JSON and colours -------------------------------------------------------------
+
+/** The events of `output`, without their times and what differs from run to run. */
+function eventsIn(output: string): Record<string, unknown>[] {
+  return output.trimEnd().split("\n").map((line) => {
+    const { time, duration, ...fields } = JSON.parse(line);
+    assertMatch(time, /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$/);
+    assert(duration === undefined || duration >= 0);
+    return fields;
+  });
+}
+
+const NO_INCIDENTS = {
+  rejected: 0,
+  aborted: 0,
+  timedOut: 0,
+  errors: 0,
+  lost: 0,
+  refused: 0,
+  handshakeFailures: 0,
+  dropped: 0,
+  overloads: 0,
+};
+
+programTest("--json tells of everything in lines of JSON, and of nothing else", async () => {
+  await using server = startServer(["--json", "--lines"]);
+  const [, portText] = await server.printed(/127\.0\.0\.1:(\d+)"\}\n/);
+  const port = Number(portText);
+  using peer = await Peer.connect(port);
+  const client = `127.0.0.1:${peer.port}`;
+  await peer.send("hello\n");
+  await peer.receive("\n");
+  await peer.closeWrite();
+  await peer.receiveAll();
+  await server.printed('"closed"');
+  using long = await Peer.connect(port);
+  const longClient = `127.0.0.1:${long.port}`;
+  await long.send("x".repeat(70_000));
+  await server.printed(/"closed"[^]*"closed"/);
+  server.kill("SIGTERM");
+  const { code, stdout, stderr } = await server.ended();
+  assertEquals([code, stderr], [0, ""]);
+  const [listening, opened, closed, reopened, error, reclosed, stopped] = eventsIn(stdout);
+  assertEquals(listening, { event: "listening", address: `127.0.0.1:${port}` });
+  assertEquals(opened, { event: "opened", client });
+  assertEquals(closed, { event: "closed", client, reason: "finished", bytesRead: 6, bytesWritten: 33 });
+  assertEquals(reopened, { event: "opened", client: longClient });
+  const message = "Cannot read until the delimiter: it does not come within 65536 bytes";
+  assertEquals({ ...error, message }, { event: "error", client: longClient, name: "LimitOverrunError", message });
+  assertEquals([reclosed?.event, reclosed?.reason], ["closed", "error"]);
+  const { bytesRead, ...others } = stopped ?? {};
+  assert(Number(bytesRead) > 65_536);
+  assertEquals(others, {
+    event: "stopped",
+    finished: 0,
+    cut: [],
+    ...NO_INCIDENTS,
+    accepted: 2,
+    active: 0,
+    errors: 1,
+    bytesWritten: 33,
+  });
+});
+
+programTest("--json --udp tells of each datagram, and of an answer that cannot be sent", async () => {
+  await using server = startServer(["--json", "--udp"]);
+  const [, port = ""] = await server.printed(/127\.0\.0\.1:(\d+)"\}\n/);
+  await runScript("client.ts", ["--udp", "--port", port, "hello"]);
+  await runScript("client.ts", ["--udp", "--port", port, "--timeout", "1"], { input: "x".repeat(65_500) });
+  await server.printed('"error"');
+  server.kill("SIGTERM");
+  const events = eventsIn((await server.ended()).stdout);
+  assertEquals(events.map(({ event }) => event), ["listening", "datagram", "datagram", "error", "stopped"]);
+  assertEquals(events.map(({ bytesRead }) => bytesRead), [undefined, 5, 65_500, undefined, 65_505]);
+});
+
+programTest("--json --quiet tells of errors, and of the rest when it is asked", async () => {
+  const port = freePort();
+  await using server = startServer(["--port", String(port), "--json", "--quiet", "--lines"]);
+  const client = await runScript("client.ts", ["--port", String(port), "--retries", "50"], {
+    input: "x".repeat(70_000) + "\n",
+  });
+  assertEquals(client.code, 1);
+  await server.printed('"error"');
+  if (Deno.build.os !== "windows") {
+    server.kill("SIGUSR2");
+    await server.printed('"status"');
+  }
+  server.kill("SIGTERM");
+  const events = eventsIn((await server.ended()).stdout);
+  assertEquals(events[0]?.event, "error");
+  assert(events.slice(1).every(({ event }) => event === "status"));
+});
+
+programTestIn("--json escapes what a client has named, so that a line is a line", async (folder) => {
+  const path = `${folder}/server.sock`;
+  const permissions = [`--allow-read=${folder}`, `--allow-write=${folder}`, "--allow-net"];
+  await using server = startScript("server.ts", ["--json", "--udp", "--unix", path], { permissions });
+  await server.printed("listening");
+  const name = `${folder}/"\n\x1b[2J\u202e`;
+  const socket = Deno.listenDatagram({ transport: "unixpacket", path: name });
+  try {
+    await socket.send(new TextEncoder().encode("hello"), { transport: "unixpacket", path });
+    await server.printed('"datagram"');
+  } finally {
+    socket.close();
+  }
+  server.kill("SIGTERM");
+  const { stdout } = await server.ended();
+  // deno-lint-ignore no-control-regex
+  assert(!/[\x00-\x09\x0b-\x1f\u202e]/.test(stdout));
+  assertEquals(eventsIn(stdout)[1], {
+    event: "datagram",
+    client: `${folder}/"\\n\\x1b[2J\\u202e`,
+    bytesRead: 5,
+  });
+});
+
+const COLOUR = "\x1b[36m";
+
+for (
+  const [name, env, isColoured] of [["in colours", { NO_COLOR: "" }, true], ["not with NO_COLOR", {}, false]] as const
+) {
+  programTest(`on a terminal addresses stand out, ${name}`, async () => {
+    await using server = new Terminal(["--port", String(freePort())], 80, "server.ts", env);
+    await server.showsLike(/waiting for connection\.\.\. on 127\.0\.0\.1:\d+\nconnections: 0/);
+    assertEquals(server.output.includes(COLOUR), isColoured);
+  });
+}
+
+programTest("in a pipe there are no colours", async () => {
+  await using server = startServer([], { env: { NO_COLOR: "" } });
+  await portOf(server);
+  // deno-lint-ignore no-control-regex
+  assert(!/\x1b/.test(server.stdout));
 });
 
 // --- Unix sockets ---------------------------------------------------------------

@@ -33,6 +33,19 @@ scriptTest("the two scripts talk to each other over TLS", async (certificates) =
   assertMatch(stdout, /clients: 2, cut off: 0, /);
 });
 
+scriptTest("with --client-ca only clients with a certificate of that authority are served", async (certificates) => {
+  const { server: identity, ca, alice, rogue } = certificates;
+  const permissions = ["--allow-net=127.0.0.1", "--allow-read"];
+  const args = ["--port", "0", "--cert", identity.certFile, "--key", identity.keyFile, "--client-ca", ca.certFile];
+  await using server = startScript("server.ts", args, { permissions });
+  const target = ["--port", String(await portOf(server)), "--tls", "--ca", ca.certFile];
+  const run = (...args: string[]) => runScript("client.ts", [...target, ...args, "hello"], { permissions });
+  const known = await run("--cert", alice.certFile, "--key", alice.keyFile);
+  assertEquals([known.code, known.stderr], [0, ""]);
+  assertMatch(known.stdout, new RegExp(`^${STAMP}hello\n$`));
+  assertFailed(await run("--cert", rogue.certFile, "--key", rogue.keyFile), 1, /accepts? .*certificate/);
+});
+
 scriptTest("openssl s_client talks to the server", async (certificates) => {
   await using server = startTlsServer(certificates);
   const port = await portOf(server);
@@ -66,7 +79,11 @@ scriptTest("wrong flags are told in one sentence", async ({ server: { certFile, 
     /--cert is not for --unix/,
   );
   const mixed = ["--port", "0", "--cert", certFile, "--key", renewed.keyFile];
-  assertFailed(await run("server.ts", ...mixed), 1, /key is not the key of cert/);
+  assertFailed(
+    await run("server.ts", ...mixed),
+    2,
+    /--key is not the key of --cert; give the two that were made together; --help/,
+  );
   assertFailed(await run("client.ts", "--ca", ca.certFile, "hello"), 2, /--ca is for --tls/);
   assertFailed(await run("client.ts", "--tls", "--ca", "/nowhere", "hello"), 2, /--ca: cannot read \/nowhere/);
 });

@@ -221,7 +221,9 @@ programTest("a server that does not answer is one sentence and exit code 1", asy
     assertFailed(
       outcome,
       1,
-      new RegExp(`^client\\.ts: no answer from 127\\.0\\.0\\.1:${server.port} within 100 ms\n$`),
+      new RegExp(
+        `^client\\.ts: no answer from 127\\.0\\.0\\.1:${server.port} within 100 ms; try a longer --timeout\n$`,
+      ),
     );
   }
   assertEquals(server.received, ["hello", "hello"]);
@@ -287,6 +289,14 @@ for (const [name, ending] of [["an empty line", ENTER], ["Ctrl-D", CTRL_D]] as c
   });
 }
 
+programTest("an empty answer is shown as an empty line", async () => {
+  await using server = new PlainServer(() => [""]);
+  await using terminal = terminalOf(server);
+  await terminal.shows(">>>");
+  await terminal.type(`hello${ENTER}`);
+  await terminal.shows(">>> hello", "", ">>>");
+});
+
 programTest("several answers to one line are all printed", async () => {
   await using server = new PlainServer((text) => [`first: ${text}`, `second: ${text}`]);
   await using terminal = terminalOf(server);
@@ -307,7 +317,10 @@ programTest("a person may think for longer than --timeout, but a server may not"
   await terminal.type(`silence${ENTER}`);
   const { how, screen } = await terminal.ended();
   assertEquals(how, "exit code 1, terminal as it was");
-  assertEquals(screen.slice(-2), [`client.ts: no answer from 127.0.0.1:${server.port} within 50 ms`, ""]);
+  assertEquals(screen.slice(-2), [
+    `client.ts: no answer from 127.0.0.1:${server.port} within 50 ms; try a longer --timeout`,
+    "",
+  ]);
 });
 
 programTest("an answer to a message ends its line on a terminal", async () => {
@@ -363,7 +376,7 @@ programTestIn(
       assertFailed(
         await runScript("client.ts", args, { permissions }),
         1,
-        /: no answer from [^\n]*server\.sock within 100 ms\n$/,
+        /: no answer from [^\n]*server\.sock within 100 ms; try a longer --timeout\n$/,
       );
     } finally {
       silent.close();

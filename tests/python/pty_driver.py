@@ -58,4 +58,14 @@ while running:
             selector.unregister(0)
 
 as_it_was = termios.tcgetattr(slave) == before
+
+# The kernel hands on what a program shows some time later, even after its end; when nobody has the terminal any more,
+# reading waits for that, and fails behind it.
+os.close(slave)
+try:
+    while True:
+        show()
+except OSError:
+    pass
+
 print("exit code %d, terminal %s" % (child.returncode, "as it was" if as_it_was else "changed"), file=sys.stderr)
