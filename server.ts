@@ -23,6 +23,7 @@ import {
   UdpServer,
   UnixDatagramServer,
   UnixServer,
+  WorkerPool,
 } from "./mod.ts";
 
 const USAGE = `Answers what it is sent with a timestamp in front.
@@ -37,6 +38,9 @@ Usage: deno run --allow-net server.ts [options]
                          --unstable-net too
   --cert FILE            encrypt with TLS; FILE is the server's certificate, and
   --key FILE             its private key; this needs --allow-read of both
+  --workers N            serve with N threads, or with "auto" one for each
+                         processor; limits are for each; this needs
+                         --allow-read=server.ts,mod.ts,deps.ts
   --lines                stamp each line, instead of each chunk as it arrives
   --max-connections N    serve so many clients at once, others wait (what the
                          system allows if run with -A, else no limit)
@@ -61,6 +65,7 @@ const FLAGS = {
   udp: { type: "boolean", default: false },
   cert: { type: "string" },
   key: { type: "string" },
+  workers: { type: "string" },
   lines: { type: "boolean", default: false },
   "max-connections": { type: "string" },
   "max-connections-per-host": { type: "string" },
@@ -80,10 +85,10 @@ const LIMITS = [
 ] as const;
 
 /** The flags that mean nothing to datagrams. */
-const FOR_CONNECTIONS = ["lines", ...LIMITS.map(([flag]) => flag)] as const;
+const FOR_CONNECTIONS = ["workers", "lines", ...LIMITS.map(([flag]) => flag)] as const;
 
 /** The flags that take a number. */
-const NUMBERS = new Set(["port", ...LIMITS.map(([flag]) => flag)].map((flag) => `--${flag}`));
+const NUMBERS = new Set(["port", "workers", ...LIMITS.map(([flag]) => flag)].map((flag) => `--${flag}`));
 
 let isQuiet = false;
 
@@ -182,8 +187,14 @@ function read(flag: string, file: string): string {
   }
 }
 
+/** What the flags can ask for. */
+type AnyServer = StreamServer | DatagramServer | WorkerPool;
+
+/** Threads are no use beyond the processors, of which no machine has more. */
+const MAX_WORKERS = 1_024;
+
 /** Makes what the flags ask for; `null` if they only asked to be told something. */
-function makeServer(args: string[]): StreamServer | DatagramServer | null {
+function makeServer(args: string[]): AnyServer | null {
   const { values: flags } = parse(args);
   if (flags.help || flags.version) {
     console.log(flags.help ? USAGE : `server.ts ${VERSION}`);
@@ -210,17 +221,56 @@ function makeServer(args: string[]): StreamServer | DatagramServer | null {
   const { cert, key } = flags;
   if ((cert === undefined) !== (key === undefined)) throw new TypeError("--cert and --key must be given together");
   if (cert !== undefined && path !== undefined) throw new TypeError("--cert is not for --unix");
+  if (flags.workers !== undefined && path !== undefined) throw new TypeError("--workers is not for --unix");
   if (path !== undefined) return new UnixServer({ path }, Handler, options);
-  if (cert === undefined || key === undefined) return new TcpServer({ hostname, port }, Handler, options);
-  return new TlsServer({ hostname, port, cert: read("--cert", cert), key: read("--key", key) }, Handler, options);
+  const makeOne = () => {
+    if (cert === undefined || key === undefined) return new TcpServer({ hostname, port }, Handler, options);
+    return new TlsServer({ hostname, port, cert: read("--cert", cert), key: read("--key", key) }, Handler, options);
+  };
+  return flags.workers === undefined ? makeOne() : makePool(flags.workers, makeOne);
+}
+
+function makePool(workers: string, makeOne: () => TcpServer): WorkerPool {
+  if (workers === "auto") return new WorkerPool(import.meta.url, makeOne);
+  return new WorkerPool(import.meta.url, makeOne, { workers: number("--workers", workers, 1, MAX_WORKERS) });
+}
+
+/** How often a worker tells the main thread how many messages it has answered. */
+const TELL_INTERVAL_MS = 250;
+
+/** What workers tell the main thread: messages that they have answered, or what is to be printed. */
+type FromWorker = number | { readonly way: "log" | "error"; readonly data: string[] };
+
+const WORKERS_CHANNEL = "server.ts";
+
+/** In a worker: lets the main thread count, and print above its status line. */
+function tellMainThread(): void {
+  const channel = new BroadcastChannel(WORKERS_CHANNEL);
+  const tell = (what: FromWorker) => channel.postMessage(what);
+  setInterval(() => {
+    if (messages > 0) tell(messages);
+    messages = 0;
+  }, TELL_INTERVAL_MS);
+  const printable = (data: unknown) => typeof data === "string" ? data : Deno.inspect(data);
+  for (const way of ["log", "error"] as const) console[way] = (...data) => tell({ way, data: data.map(printable) });
+}
+
+/** In the main thread: does what the workers tell. */
+function listenToWorkers(): BroadcastChannel {
+  const channel = new BroadcastChannel(WORKERS_CHANNEL);
+  channel.onmessage = ({ data }: MessageEvent<FromWorker>) => {
+    if (typeof data === "number") messages += data;
+    else console[data.way](...data.data);
+  };
+  return channel;
 }
 
 /** How a server is doing: who is there, and rates since it was last asked. */
 class Meter {
-  readonly #server: StreamServer | DatagramServer;
+  readonly #server: AnyServer;
   #last = { at: performance.now(), messages, bytesRead: 0, bytesWritten: 0 };
 
-  constructor(server: StreamServer | DatagramServer) {
+  constructor(server: AnyServer) {
     this.#server = server;
   }
 
@@ -285,7 +335,13 @@ class StatusLine implements Disposable {
 /** SIGUSR1 is the runtime's own; other systems have neither. */
 const STATUS_SIGNAL = Deno.build.os === "windows" ? undefined : "SIGUSR2";
 
-async function serve(server: StreamServer | DatagramServer): Promise<void> {
+async function serve(server: AnyServer): Promise<void> {
+  const isPool = server instanceof WorkerPool;
+  if (isPool && server.isWorker) {
+    tellMainThread();
+    await server.serveForever(); // The main thread ends it.
+  }
+  const workers = isPool ? listenToWorkers() : undefined;
   let received = 0;
   const stop = () => received++ === 0 ? void server.shutdown() : server.close();
   const meter = new Meter(server);
@@ -298,6 +354,7 @@ async function serve(server: StreamServer | DatagramServer): Promise<void> {
     await server.serveForever();
   } finally {
     for (const [signal, listener] of listeners) Deno.removeSignalListener(signal, listener);
+    workers?.close();
   }
   const { cut } = await server.shutdown(); // It is over: this is its report.
   const { accepted, dropped, handshakeFailures, bytesRead, bytesWritten } = server.stats;
