@@ -5951,8 +5951,8 @@ function isWorkerScope(scope: object): scope is WorkerScope {
   return "postMessage" in scope && "name" in scope && typeof scope.name === "string";
 }
 
-/** The modules that have a pool which is not over. */
-const modulesWithPool = new Set<string>();
+/** The pool of each module that is not over. */
+const poolOf = new Map<string, WorkerPool>();
 
 /**
  * A server on every core: threads of the same module, which share one port and one
@@ -6088,7 +6088,11 @@ export class WorkerPool implements AsyncDisposable {
    */
   listen(): Promise<Deno.NetAddr> {
     if (this.#member !== undefined) return this.#member.listen();
-    return this.#listening ??= this.#bind();
+    if (this.#listening === undefined) {
+      this.#listening = this.#bind();
+      this.#listening.catch(() => this.#listening = undefined); // It may be tried again.
+    }
+    return this.#listening;
   }
 
   /**
@@ -6205,20 +6209,31 @@ export class WorkerPool implements AsyncDisposable {
     try {
       this.#checkOpen();
       checkReadable(this.#module);
-      if (modulesWithPool.has(this.#module)) {
-        throw new TypeError(`Cannot start a second pool of ${this.#module}: give each pool a module of its own`);
-      }
-      modulesWithPool.add(this.#module);
-      this.#ended.promise.then(() => modulesWithPool.delete(this.#module));
+      this.#claimModule();
       const server = await makeSharing(this.#makeServer, 0, { threads: this.#size });
       this.#checkOpen();
+      const address = await server.listen();
       this.#holder = server;
-      return await server.listen();
+      if (this.#isClosing) server.close();
+      this.#checkOpen();
+      return address;
     } catch (error) {
-      this.#listening = undefined;
-      if (!this.#isClosing) modulesWithPool.delete(this.#module);
+      this.#releaseModule();
       throw error;
     }
+  }
+
+  /** In a worker of the module, there is no telling which pool it is a worker of. */
+  #claimModule(): void {
+    const owner = poolOf.get(this.#module);
+    if (owner !== undefined && owner !== this) {
+      throw new TypeError(`Cannot start a second pool of ${this.#module}: give each pool a module of its own`);
+    }
+    poolOf.set(this.#module, this);
+  }
+
+  #releaseModule(): void {
+    if (poolOf.get(this.#module) === this) poolOf.delete(this.#module);
   }
 
   #checkOpen(): void {
@@ -6315,6 +6330,7 @@ export class WorkerPool implements AsyncDisposable {
     for (const thread of this.#threads) thread.giveUp();
     await Promise.all(this.#serving ?? []);
     await this.#holder?.shutdown(); // Its port is free.
+    this.#releaseModule();
     this.#ended.resolve();
     return {
       finished: this.#reports.reduce((sum, { finished }) => sum + finished, 0),
@@ -6604,7 +6620,7 @@ async function makeSharing(makeServer: MakeServer, number: number, sharing: Shar
   if (!(server instanceof TcpServer)) {
     const made = server instanceof BaseServer ? server.constructor.name : kindOf(server);
     throw new TypeError(
-      `makeServer must make a TcpServer or a TlsServer, as threads can share no other's address: it has made ${made}`,
+      `makeServer must make a TcpServer or a TlsServer, as threads share no others: it has made ${made}`,
     );
   }
   sharings.set(server, sharing);

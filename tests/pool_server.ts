@@ -70,4 +70,29 @@ export function makePool(options: WorkerPoolOptions = {}, make: MakeServer = mak
   return new NotedPool(import.meta.url, make, options);
 }
 
-if (import.meta.main) await makePool().serveForever();
+/** As a program: `pool_server.ts [WORKERS] [FAILURE]` prints its port, and after SIGTERM its report; it waits 100 ms for handlers. */
+async function main([workers = "2", failure = ""]: string[]): Promise<void> {
+  const module = failure === "module is missing" ? import.meta.resolve("./missing.ts") : import.meta.url;
+  const make = (number: number) => {
+    if (number > 0 && failure === "worker cannot make its server") throw new RangeError("there is no database");
+    return makeServer(number);
+  };
+  const pool = new WorkerPool(module, make, { workers: Number(workers) });
+  if (pool.isWorker) return await pool.serveForever();
+  const reported = Promise.withResolvers<void>();
+  Deno.addSignalListener("SIGTERM", async () => {
+    console.log(JSON.stringify(await pool.shutdown({ grace: 100 })));
+    reported.resolve();
+  });
+  console.log((await pool.listen()).port);
+  try {
+    await pool.serveForever();
+    await reported.promise;
+  } catch (error) {
+    console.log(String(error));
+    Deno.exit(1);
+  }
+  Deno.exit();
+}
+
+if (import.meta.main) await main(Deno.args);
