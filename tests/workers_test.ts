@@ -3,7 +3,7 @@
 import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../deps.ts";
 import { connect, type SocketStream, StreamRequestHandler, TcpServer, UnixServer, WorkerPool } from "../mod.ts";
 import { makePool, type NotedPool } from "./pool_server.ts";
-import { freePort, Program } from "./programs.ts";
+import { freePort, Program, programTestIn } from "./programs.ts";
 import { networkTest, poolTest, programTest, rejectionOf, until } from "./testing.ts";
 
 /** Longer than anything takes on a busy machine, the check of the workers' types included; nothing that passes waits for it. */
@@ -324,6 +324,24 @@ programTest("where descriptors are short, workers are not started, or replaced w
   stream.close();
   program.kill("SIGTERM");
   assertEquals((await program.ended()).code, 0);
+});
+
+programTestIn("the program of the README serves on every core, with the permissions that it names", async (folder) => {
+  const readme = await Deno.readTextFile(new URL("../README.md", import.meta.url));
+  const [, program = ""] = /^```ts ignore\n\/\/ hash_server\.ts\n(.*?)^```/ms.exec(readme) ?? [];
+  const [port, mod] = [freePort(), new URL("../mod.ts", import.meta.url)];
+  await Deno.writeTextFile(
+    `${folder}/hash_server.ts`,
+    program.replace("8009", String(port)).replace("./mod.ts", mod.href),
+  );
+  const permissions = [`--allow-net=127.0.0.1:${port}`, `--allow-read=${folder}/hash_server.ts,${mod.pathname}`];
+  await using server = Program.start(Deno.execPath(), ["run", ...permissions, `${folder}/hash_server.ts`]);
+  await using client = await connect({ port, retries: Infinity, timeout: PATIENCE_MS });
+  await client.writeFrame("abc");
+  assertEquals(await client.readLine(), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+  server.kill("SIGTERM");
+  const { code, stderr } = await server.ended();
+  assertEquals([code, stderr], [0, ""]);
 });
 
 // --- Mistakes -----------------------------------------------------------------
