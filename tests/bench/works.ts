@@ -226,11 +226,18 @@ function everyCore(): Work[] {
   const work = { ...BASE, figures: ["rate", "cpu", "p999", "jain"] } satisfies Partial<Work>;
   return [{
     ...work,
-    id: "workers-hash",
+    id: "workers-compute",
     title: "SHA-256 of 64 KiB, two workers",
-    load: { ...echo(50, HASHED), reply: DIGEST },
-    contenders: threads("hash"),
+    load: { ...echo(50, SMALL), reply: DIGEST },
+    contenders: threads("compute"),
     goals: [times("rate", 1.8, ONE_WORKER)],
+  }, {
+    ...work,
+    id: "workers-digest",
+    title: "the same of what is sent",
+    load: { ...echo(50, HASHED), reply: DIGEST },
+    contenders: threads("digest"),
+    goals: [times("rate", 1, ONE_WORKER)],
   }, {
     ...work,
     id: "workers-64",

@@ -21,6 +21,7 @@ import {
 
 const ADDRESS = { hostname: "127.0.0.1", port: 0 };
 const BUFFER_BYTES = 65_536;
+const SMALL = 64;
 /** Long enough for none to expire while it is measured. */
 const DEADLINES = { timeout: 60_000, idleTimeout: 120_000 };
 
@@ -58,10 +59,21 @@ class Lines extends StreamRequestHandler {
 }
 
 /** SHA-256 of each 64 KiB, on its own thread: `crypto.subtle` would take others. */
-class Hash extends StreamRequestHandler {
+class Digest extends StreamRequestHandler {
   override async handle() {
     for (let data; (data = await this.request.readExactly(BUFFER_BYTES)) !== null;) {
       await this.request.send(createHash("sha256").update(data).digest());
+    }
+  }
+}
+
+/** SHA-256 of 64 KiB that begin with what is sent, so that those who ask have little to do. */
+class Compute extends StreamRequestHandler {
+  override async handle() {
+    const block = new Uint8Array(BUFFER_BYTES);
+    for (let data; (data = await this.request.readExactly(SMALL)) !== null;) {
+      block.set(data);
+      await this.request.send(createHash("sha256").update(block).digest());
     }
   }
 }
@@ -78,7 +90,8 @@ const SERVICES: Record<string, [StreamRequestHandlerClass, ServerOptions?]> = {
   read: [Read],
   readLine: [ReadLine],
   lines: [Lines],
-  hash: [Hash],
+  digest: [Digest],
+  compute: [Compute],
   "recv with deadlines": [Recv, DEADLINES],
 };
 
