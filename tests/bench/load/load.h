@@ -9,7 +9,7 @@
 #include <sys/types.h>
 
 /* Of an answer that is not an echo. */
-#define MAX_REPLY 64
+#define MAX_REPLY 1024
 
 /* --- options.c: what the command line asks for --- */
 

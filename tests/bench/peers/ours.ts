@@ -67,13 +67,13 @@ class Digest extends StreamRequestHandler {
   }
 }
 
-/** SHA-256 of 64 KiB that begin with what is sent, so that those who ask have little to do. */
+/** For each 64 B the SHA-256 of 64 KiB that begin with them, so that those who ask have little to do. */
 class Compute extends StreamRequestHandler {
   override async handle() {
     const block = new Uint8Array(BUFFER_BYTES);
     for (let data; (data = await this.request.readExactly(SMALL)) !== null;) {
       block.set(data);
-      await this.request.send(createHash("sha256").update(block).digest());
+      await this.request.write(createHash("sha256").update(block).digest());
     }
   }
 }
