@@ -5918,7 +5918,7 @@ function failureOf(error: unknown): Failure {
 
 function errorOf({ name, message, stack }: Failure): Error {
   const Kind = NETWORK_ERRORS.find((Kind) => Kind.name === name) ?? Error;
-  return Object.assign(new Kind(message), { stack: stack ?? message });
+  return Object.assign(new Kind(message), { stack: stack ?? `${name}: ${message}` });
 }
 
 /** What a worker has to itself and the main thread does not know. */
