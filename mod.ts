@@ -561,6 +561,7 @@ const NUMBER_RULES: Record<string, "above 0" | "0 or more" | "whole, 1 or more" 
   maxConcurrent: "whole, 1 or more",
   grace: "0 or more",
   handshakeTimeout: "above 0",
+  workers: "whole, 1 or more",
   retries: "whole, 0 or more",
   tcpBacklog: "whole, 1 or more",
   mode: "whole, 0 or more",
@@ -6077,18 +6078,35 @@ async function settledWithin<T>(promise: Promise<T>, ms: number): Promise<T | un
   }
 }
 
+/** What a server shares with those of other threads; see {@linkcode WorkerPool}. */
+interface Sharing {
+  readonly threads: number;
+  /** Where they all listen; the first has to find out. */
+  readonly address?: Deno.NetAddr;
+}
+
+const sharings = new WeakMap<object, Sharing>();
+
+/** Who waits for a server in another thread asks how long it may take. */
+let graceOf: (server: StreamServer) => number;
+
+/** Descriptors that the start of a thread takes: 6 were counted in Deno 2.9.6 before it serves, 9 after. */
+const WORKER_DESCRIPTORS = 12;
+
 /** Descriptors of the runtime itself: Deno 2.9.6 has 21 to 23 and opens a few more now and then. */
 const RUNTIME_DESCRIPTORS = 32;
 
 /** The part of the others that is for connections; the rest is the program's, for its files and its own dials. */
 const CONNECTIONS_SHARE = 7 / 8;
 
-/** How many connections a process with these `limits`, the text of /proc/self/limits, can serve. */
-function affordableConnections(limits: string): number {
+/** How many connections a server can serve in a process with these `limits`, the text of /proc/self/limits. */
+function affordableConnections(limits: string, sharing: Sharing | undefined): number {
   // The runtime has raised the soft limit, which is the first, to the hard one.
   const [, descriptors] = /^Max open files +(\d+)/m.exec(limits) ?? [];
   if (descriptors === undefined) return Infinity;
-  return Math.max(1, Math.floor((Number(descriptors) - RUNTIME_DESCRIPTORS) * CONNECTIONS_SHARE));
+  const { threads } = sharing ?? { threads: 1 };
+  const taken = RUNTIME_DESCRIPTORS + (sharing === undefined ? 0 : threads * WORKER_DESCRIPTORS);
+  return Math.max(1, Math.floor((Number(descriptors) - taken) * CONNECTIONS_SHARE / threads));
 }
 
 /** The limits of this process, "" where they cannot be known; never asks for a permission. */
@@ -6148,6 +6166,10 @@ class HostCounts {
  * @typeParam Address The kind of address that the server has.
  */
 export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extends BaseServer<SocketStream, Address> {
+  static {
+    graceOf = (server) => server.#options.grace;
+  }
+
   readonly #Handler: StreamRequestHandlerClass;
   readonly #options: ServerSettings;
   readonly #streamOptions: StreamOptions;
@@ -6309,7 +6331,9 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
       closeQuietly(listener);
       this.checkOpen();
     }
-    if (this.#options.maxConnections === undefined) this.#maxConnections = affordableConnections(processLimits());
+    if (this.#options.maxConnections === undefined) {
+      this.#maxConnections = affordableConnections(processLimits(), sharings.get(this));
+    }
     this.#listener = listener;
     return address;
   }
@@ -6590,9 +6614,43 @@ export class TcpServer extends StreamServer<Deno.NetAddr> {
     if (wanted.reusePort && !hasDatagrams(Deno)) {
       throw new TypeError("Cannot listen with reusePort: Deno has it behind a flag; run again with --unstable-net");
     }
-    const listener = tryTo("listen on", wanted, () => Deno.listen(wanted));
+    const sharing = sharings.get(this);
+    if (wanted.reusePort && sharing !== undefined) {
+      throw new TypeError("Cannot listen with reusePort: the threads of a pool share their port without it");
+    }
+    const open = () => sharing === undefined ? Deno.listen(wanted) : openShared({ ...wanted, ...sharing.address });
+    const listener = tryTo("listen on", wanted, open);
     return this.adopt(listener, listener.addr);
   }
+}
+
+/** How often a free port is chosen that somebody else takes before it is shared. */
+const SHARED_PORT_TRIES = 16;
+
+/**
+ * Opens a port that the threads of this process share, with one queue of clients: what one does not accept,
+ * another does. `loadBalanced` is not documented and needs no flag; it is how `deno serve --parallel` shares its port.
+ */
+function openShared(address: { hostname: string; port: number }, tries = SHARED_PORT_TRIES): Deno.TcpListener {
+  if (address.port !== 0) {
+    const shared = { ...address, transport: "tcp", loadBalanced: true } as const;
+    return Deno.listen(shared);
+  }
+  // Threads share what they ask for by the same name, and port 0 is another's as well.
+  const { hostname, port } = freeAddress(address);
+  try {
+    return openShared({ ...address, hostname, port });
+  } catch (error) {
+    if (tries > 1 && error instanceof Deno.errors.AddrInUse) return openShared(address, tries - 1);
+    throw error;
+  }
+}
+
+/** An address whose port nobody has. */
+function freeAddress(address: { hostname: string; port: number }): Deno.NetAddr {
+  const listener = Deno.listen({ ...address, transport: "tcp" });
+  listener.close();
+  return listener.addr;
 }
 
 /** Where a {@linkcode TlsServer} listens, and its certificate. */
@@ -6952,6 +7010,847 @@ function restoreLink(aside: string, path: string): void {
 function isSameFile(file: Deno.FileInfo | undefined, other: Deno.FileInfo | undefined): boolean {
   return file !== undefined && other !== undefined && file.ino === other.ino && file.dev === other.dev &&
     file.birthtime?.getTime() === other.birthtime?.getTime();
+}
+
+// --- Workers ----------------------------------------------------------------
+
+/** Milliseconds that a thread has to load its module and to begin to serve. */
+const WORKER_START_MS = 60_000;
+
+/** Milliseconds to wait before a worker that crashed is replaced for the first time; twice as long each next time. */
+const CRASH_WAIT_MIN_MS = 100;
+
+/** The longest that such a wait becomes. */
+const CRASH_WAIT_MAX_MS = 10_000;
+
+/** A worker that has served for this long has nothing to do with the crash before it. */
+const CRASH_FORGOTTEN_MS = 30_000;
+
+/** Milliseconds after `grace` in which a worker that does not hang has told its report. */
+const HANG_MS = 5_000;
+
+/** How often a worker tells its counts, if they have changed. */
+const STATS_INTERVAL_MS = 250;
+
+/** Makes the server of one thread of a {@linkcode WorkerPool}; the main thread has the number 0, its workers 1 and up. */
+export type MakeServer = (number: number) => TcpServer | Promise<TcpServer>;
+
+/** What a {@linkcode WorkerPool} is told when it is made. */
+export interface WorkerPoolOptions {
+  /**
+   * Threads that serve, 1 or more. More of them than processors gain nothing.
+   *
+   * @default {navigator.hardwareConcurrency}
+   */
+  workers?: number;
+}
+
+/** A worker that has ended without being asked to; what {@linkcode WorkerPool.handleCrash} is told. */
+export interface WorkerCrash {
+  /** The worker's number. */
+  readonly number: number;
+  /** What it did not catch. Its `stack` is the worker's own; its class may be lost. */
+  readonly error: Error;
+  /** The clients that it served when it was last heard of, up to 250 ms before: they are cut off. */
+  readonly lost: number;
+  /** Milliseconds until another takes its place; `undefined` if none does, as the pool shuts down. */
+  readonly delay: number | undefined;
+}
+
+/** How the shutdown of a {@linkcode WorkerPool} went. */
+export interface PoolShutdownReport extends ShutdownReport {
+  /**
+   * The numbers of the workers that gave no report, as they compute without end. How many of their clients
+   * were cut off is not known, and they keep the port and a processor until they come to an end of it, or the
+   * process does: the runtime (2.9.6) cannot stop them.
+   */
+  readonly hung: readonly number[];
+}
+
+/** What the main thread tells a worker, by a channel that only they have. */
+type PoolCommand =
+  | { readonly command: "serve"; readonly sharing: Sharing }
+  | { readonly command: "shutdown"; readonly grace: number | undefined }
+  | { readonly command: "close" };
+
+/** What a worker tells the main thread. */
+type WorkerNews =
+  | { readonly news: "serving" | "stopping" }
+  | { readonly news: "stats"; readonly stats: ServerStats }
+  | { readonly news: "ended"; readonly stats: ServerStats; readonly report: ShutdownReport }
+  | { readonly news: "failed"; readonly failure: Failure };
+
+/** An error on its way to another thread, whatever it was that was thrown. */
+interface Failure {
+  readonly name: string;
+  readonly message: string;
+  readonly stack: string | undefined;
+}
+
+function failureOf(error: unknown): Failure {
+  const message = messageOf(error);
+  // Reading it opens a file; see printError().
+  const isExhausted = performance.now() - exhaustedAt <= OVERLOAD_EPISODE_MS;
+  if (!(error instanceof Error)) return { name: "Error", message, stack: undefined };
+  return { name: error.name, message, stack: isExhausted ? undefined : error.stack };
+}
+
+function errorOf({ name, message, stack }: Failure): Error {
+  const Kind = NETWORK_ERRORS.find((Kind) => Kind.name === name) ?? Error;
+  return Object.assign(new Kind(message), { stack: stack ?? `${name}: ${message}` });
+}
+
+/** What a worker has to itself and the main thread does not know. */
+interface WorkerScope extends EventTarget {
+  readonly name: string;
+  postMessage(message: Greeting, transfer: MessagePort[]): void;
+  close(): void;
+}
+
+/** The first word of a worker. Its module may send others of its own, which are not for us. */
+interface Greeting {
+  readonly pool: string;
+  readonly port: MessagePort;
+}
+
+function isGreeting(message: unknown, pool: string): message is Greeting {
+  return typeof message === "object" && message !== null && "pool" in message && message.pool === pool &&
+    "port" in message && message.port instanceof MessagePort;
+}
+
+/** What the threads of pools are called, by which they know what they are; the runtime's own messages name it. */
+const WORKER_NAME = /^worker (\d+) of (.*)$/s;
+
+/** The scope of this thread, if it is a worker of a pool. */
+function workerScope(scope: object = globalThis): WorkerScope | undefined {
+  return isWorkerScope(scope) && WORKER_NAME.test(scope.name) ? scope : undefined;
+}
+
+function isWorkerScope(scope: object): scope is WorkerScope {
+  return "postMessage" in scope && "name" in scope && typeof scope.name === "string";
+}
+
+/** The pool of each module that is not over. */
+const poolOf = new Map<string, WorkerPool>();
+
+/**
+ * A server on every core: threads of the same module, which share one port and one
+ * queue of clients. It is Python's `ForkingMixIn`.
+ *
+ * The module makes the pool, and runs once in the main thread and once in each
+ * worker: there `serveForever()` makes the worker's own server with `makeServer` and
+ * serves until the main thread says otherwise. What else stands at the top of the
+ * module runs in each, too; `isWorker` tells them apart, as signals can only be
+ * listened to in the main thread. What comes after `serveForever()` runs in the main
+ * thread only.
+ *
+ * A worker that crashes (an error that nobody catches, `self.close()`) takes its own
+ * connections with it. Another takes its place after 100 ms, twice as long each next
+ * time up to 10 s; no client is turned away meanwhile. (Memory that runs out ends the
+ * whole process.) Nothing is shared but the port: each worker has its own variables,
+ * its own limits (`maxConnections`, `maxConnectionsPerHost`), and
+ * `this.server.stats` of a handler are its worker's.
+ * A `maxConnections` that is not given is divided among the workers.
+ *
+ * Workers load their module from its file: it needs `--allow-read` of that, and of
+ * the local files that it imports. For `deno compile`, name the module:
+ * `--include=server.ts`.
+ *
+ * Call: `listen`, `serveForever`, `shutdown`, `close`. Read: `address`, `stats`,
+ * `activeWorkers`, `isWorker`. Override: `handleCrash`.
+ *
+ * @example
+ * ```ts ignore
+ * import { StreamRequestHandler, TcpServer, WorkerPool } from "@socketserver/socketserver";
+ * import { createHash } from "node:crypto";
+ *
+ * class Hash extends StreamRequestHandler {
+ *   override async handle() {
+ *     for await (const frame of this.request.frames()) {
+ *       this.request.write(createHash("sha256").update(frame).digest("hex") + "\n");
+ *     }
+ *   }
+ * }
+ *
+ * const pool = new WorkerPool(import.meta.url, () => new TcpServer({ port: 8009 }, Hash));
+ * if (!pool.isWorker) Deno.addSignalListener("SIGTERM", () => pool.shutdown());
+ * await pool.serveForever();
+ * ```
+ */
+export class WorkerPool implements AsyncDisposable {
+  readonly #module: string;
+  readonly #makeServer: MakeServer;
+  readonly #size: number;
+  /** This thread's part, if it is a worker. */
+  readonly #member: PoolMember | undefined;
+  readonly #threads = new Set<WorkerThread>();
+  /** What those have done that are over. */
+  #past: ServerStats = sumOf([]);
+  readonly #stopping = new AbortController();
+  readonly #ended = Promise.withResolvers<void>();
+  /** Settled when nobody waits for workers that hang any more. */
+  readonly #patience = Promise.withResolvers<void>();
+  readonly #reports: ShutdownReport[] = [];
+  /** Holds the port, for those that come while no worker is there; it never accepts. */
+  #holder: TcpServer | undefined;
+  #listening: Promise<Deno.NetAddr> | undefined;
+  #serving: Promise<void>[] | undefined;
+  #draining: Promise<PoolShutdownReport> | undefined;
+  #patienceTimer: ReturnType<typeof setTimeout> | undefined;
+
+  /**
+   * Makes a pool; nothing is started yet.
+   *
+   * @param module The module that makes this pool: `import.meta.url`.
+   * @param makeServer Makes the server of a thread, a {@linkcode TcpServer} or
+   * {@linkcode TlsServer}, which share ports; others cannot. The main thread calls it
+   * first, with 0, to check what it makes and to hold its port: that one serves nobody.
+   * @param options How many threads.
+   * @throws {RangeError} If `workers` is not a whole number, 1 or more.
+   * @throws {TypeError} If an option does not exist.
+   */
+  constructor(module: string | URL, makeServer: MakeServer, options: WorkerPoolOptions = {}) {
+    const { workers } = resolveOptions({ workers: navigator.hardwareConcurrency }, options);
+    if (workers === Infinity) throw new RangeError(`Option "workers" must be whole, 1 or more: it is ${workers}`);
+    if (!URL.canParse(module)) {
+      throw new TypeError(`Module must be a URL such as import.meta.url: it is ${Deno.inspect(module)}`);
+    }
+    if (typeof makeServer !== "function") {
+      throw new TypeError(`makeServer must be a function that makes a server: it is ${Deno.inspect(makeServer)}`);
+    }
+    this.#module = String(module);
+    this.#makeServer = makeServer;
+    this.#size = workers;
+    const scope = workerScope();
+    if (scope !== undefined) this.#member = new PoolMember(scope, this.#module, makeServer);
+  }
+
+  /** Whether this thread is a worker of a pool, and not the main one. */
+  get isWorker(): boolean {
+    return this.#member !== undefined;
+  }
+
+  /** The bound address. Throws `TypeError` before `listen()`. */
+  get address(): Deno.NetAddr {
+    const server = this.#member?.server ?? this.#holder;
+    if (server === undefined) {
+      throw new TypeError("Cannot tell the address: the pool does not listen yet, call listen()");
+    }
+    return server.address;
+  }
+
+  /** How many workers serve now. In a worker it is 1. */
+  get activeWorkers(): number {
+    return this.#member === undefined ? this.#thoseServing.length : 1;
+  }
+
+  /**
+   * What all workers have done so far, those that have crashed included. Each tells
+   * it every 250 ms; one that computes tells it late, and what one did just before
+   * it crashed is not known. After `shutdown()` the rest is exact. In a worker, it
+   * is what that one has done.
+   */
+  get stats(): ServerStats {
+    if (this.#member !== undefined) return this.#member.server?.stats ?? sumOf([]);
+    return sumOf([this.#past, ...[...this.#threads].map(({ stats }) => stats)]);
+  }
+
+  /**
+   * Binds the port and lets clients connect; they are served once `serveForever()`
+   * has started the workers. A second call returns the same address.
+   *
+   * @returns Resolves to the bound address, with the real port where port 0 was asked
+   * for. Rejects with what `makeServer` and {@linkcode BaseServer.listen} throw.
+   * @throws {Deno.errors.NotCapable} If a permission is missing: for the port, or to read the module.
+   * @throws {TypeError} If the pool is closed, `makeServer` makes no server of TCP or
+   * TLS, or the module has another pool already.
+   */
+  listen(): Promise<Deno.NetAddr> {
+    if (this.#member !== undefined) return this.#member.listen();
+    if (this.#listening === undefined) {
+      this.#listening = this.#bind();
+      this.#listening.catch(() => this.#listening = undefined); // It may be tried again.
+    }
+    return this.#listening;
+  }
+
+  /**
+   * Starts the workers and serves until {@linkcode WorkerPool.shutdown} or
+   * {@linkcode WorkerPool.close}.
+   *
+   * @param options With a `signal`, its abort is a call of `shutdown()`.
+   * @returns Resolves once the shutdown is over; at once if the pool is closed already.
+   * In a worker it never does, as the thread ends. Rejects with what `listen()`
+   * throws, and with the error of a worker that fails before all have begun to serve;
+   * the pool is closed then.
+   * @throws {Deno.errors.Busy} If it serves already.
+   */
+  async serveForever(options: { signal?: AbortSignal } = {}): Promise<void> {
+    if (this.#member !== undefined) return await this.#member.serveForever(options);
+    if (this.#serving !== undefined) throw new Deno.errors.Busy("Cannot serveForever(): the pool is serving already");
+    if (this.#isClosing) return await this.#ended.promise;
+    this.#serving = [];
+    const { signal } = options;
+    const stop = () => void this.shutdown();
+    try {
+      await this.#activate();
+      signal?.addEventListener("abort", stop);
+      if (signal?.aborted) stop();
+      if (!this.#isClosing) await this.#startAll();
+      await this.#ended.promise;
+    } catch (error) {
+      this.close();
+      await this.#ended.promise;
+      throw error;
+    } finally {
+      signal?.removeEventListener("abort", stop);
+    }
+  }
+
+  /**
+   * Ends all workers in good order and at the same time, each as
+   * {@linkcode BaseServer.shutdown} does: clients that wait in the kernel's backlog are
+   * served, handlers finish what they have begun, and after `grace` the rest are cut
+   * off. A worker that still computes 5 s after that is given up.
+   *
+   * It may be called before the start and again: it is the same shutdown. A call of
+   * `this.server.shutdown()` in a handler, and any other end of a worker's server,
+   * is a call of this.
+   *
+   * @param options `grace`: milliseconds before the rest are cut off, instead of the
+   * option of the workers' servers; 0 cuts at once, `Infinity` waits for ever, even for
+   * a worker that hangs.
+   * @returns Resolves to the workers' reports added up when it is over; the address is
+   * free by then, unless a worker hangs. Never rejects.
+   * @throws {RangeError} If `grace` is out of its range.
+   */
+  shutdown(options: { grace?: number } = {}): Promise<PoolShutdownReport> {
+    const { grace } = options;
+    if (grace !== undefined) checkNumber("grace", grace);
+    if (this.#member !== undefined) return this.#member.shutdown(grace);
+    return this.#draining ??= this.#drain(grace);
+  }
+
+  /** Ends all workers now and cuts all clients off. `serveForever()` resolves soon after. A second call does nothing. */
+  close(): void {
+    if (this.#member !== undefined) return this.#member.close();
+    this.#draining ??= this.#drain(0);
+    for (const thread of this.#threads) thread.close();
+    this.#loseIn(HANG_MS);
+  }
+
+  /** Shuts the pool down, as {@linkcode WorkerPool.shutdown} does. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.shutdown();
+  }
+
+  /**
+   * Is told, in the main thread, that a worker has crashed. The default prints it with
+   * `console.error`, with the `stack` of what the worker did not catch.
+   *
+   * @param crash Which worker, why, and what becomes of it.
+   *
+   * @example
+   * ```ts ignore
+   * class Watched extends WorkerPool {
+   *   override handleCrash(crash: WorkerCrash) {
+   *     super.handleCrash(crash);
+   *     if (crash.delay === 10_000) this.shutdown(); // It crashes again and again.
+   *   }
+   * }
+   * ```
+   */
+  handleCrash({ number, error, lost, delay }: WorkerCrash): void {
+    const clients = lost === 0 ? "" : `, and about ${lost} of its clients are cut off`;
+    const next = delay === undefined ? "" : `; another takes its place in ${delay} ms`;
+    printError(`Worker ${number} has crashed${clients}${next}:`, error);
+  }
+
+  get #isClosing(): boolean {
+    return this.#draining !== undefined;
+  }
+
+  get #thoseServing(): WorkerThread[] {
+    return [...this.#threads].filter(({ isServing }) => isServing);
+  }
+
+  /** Listens. What `listen()` throws as the pool was closed meanwhile is no error. */
+  async #activate(): Promise<void> {
+    prepareForExhaustion();
+    try {
+      await this.listen();
+    } catch (error) {
+      if (!this.#isClosing) throw error;
+    }
+  }
+
+  async #bind(): Promise<Deno.NetAddr> {
+    try {
+      this.#checkOpen();
+      checkReadable(this.#module);
+      this.#claimModule();
+      const server = await makeSharing(this.#makeServer, 0, { threads: this.#size });
+      this.#checkOpen();
+      const address = await server.listen();
+      this.#holder = server;
+      if (this.#isClosing) server.close();
+      this.#checkOpen();
+      return address;
+    } catch (error) {
+      this.#releaseModule();
+      throw error;
+    }
+  }
+
+  /** In a worker of the module, there is no telling which pool it is a worker of. */
+  #claimModule(): void {
+    const owner = poolOf.get(this.#module);
+    if (owner !== undefined && owner !== this) {
+      throw new TypeError(`Cannot start a second pool of ${this.#module}: give each pool a module of its own`);
+    }
+    poolOf.set(this.#module, this);
+  }
+
+  #releaseModule(): void {
+    if (poolOf.get(this.#module) === this) poolOf.delete(this.#module);
+  }
+
+  #checkOpen(): void {
+    if (this.#isClosing) throw new TypeError("Cannot listen: the pool is closed, make a new one");
+  }
+
+  /** Resolves when all workers serve. Rejects if one fails. */
+  async #startAll(): Promise<void> {
+    if (!this.#hasDescriptors(this.#size)) {
+      throw new TypeError(
+        `Cannot start ${this.#size} workers: there are too few descriptors; raise "ulimit -n" or ask for fewer workers`,
+      );
+    }
+    const numbers = Array.from({ length: this.#size }, (_, index) => index + 1);
+    const threads = numbers.map((number) => this.#start(number));
+    const keeping = threads.map((thread) => this.#keep(thread));
+    this.#serving?.push(...keeping);
+    await Promise.all(threads.map(({ serving }) => serving));
+  }
+
+  #start(number: number): WorkerThread {
+    const sharing = { threads: this.#size, address: this.address };
+    const thread = new WorkerThread(this.#module, number, sharing, () => this.shutdown());
+    this.#threads.add(thread);
+    return thread;
+  }
+
+  /** Replaces a worker that crashes, and the one in its place; resolves when its place is empty for good. Never rejects. */
+  async #keep(first: WorkerThread): Promise<void> {
+    let wait = 0;
+    for (
+      let thread: WorkerThread | undefined = first;
+      thread !== undefined;
+      thread = await this.#replace(first.number)
+    ) {
+      const ending = await thread.ended;
+      this.#threads.delete(thread);
+      this.#past = sumOf([this.#past, { ...thread.stats, active: 0 }]);
+      if (ending.report !== undefined) this.#reports.push(ending.report);
+      // One that never served has failed its start.
+      if (ending.error === undefined || !first.hasServed) return;
+      const isNewTrouble = wait === 0 || thread.age >= CRASH_FORGOTTEN_MS;
+      wait = isNewTrouble ? CRASH_WAIT_MIN_MS : Math.min(wait * 2, CRASH_WAIT_MAX_MS);
+      await this.#noteCrash(thread, ending.error, wait);
+      if (this.#isClosing) return;
+      await delay(wait, this.#stopping.signal);
+    }
+  }
+
+  async #noteCrash({ number, stats }: WorkerThread, error: Error, wait: number): Promise<void> {
+    const crash = { number, error, lost: stats.active, delay: this.#isClosing ? undefined : wait };
+    try {
+      await this.handleCrash(crash);
+    } catch (error) {
+      printError("Error in handleCrash():", error);
+    }
+  }
+
+  /** A new thread, as soon as there are descriptors for one; `undefined` if the pool shuts down. */
+  async #replace(number: number): Promise<WorkerThread | undefined> {
+    while (!this.#isClosing) {
+      if (this.#hasDescriptors(1)) return this.#start(number);
+      exhaustedAt = performance.now();
+      await delay(OVERLOAD_WAIT_MAX_MS, this.#stopping.signal);
+    }
+    return undefined;
+  }
+
+  /** Whether threads can be started: the runtime panics where one finds no descriptors. */
+  #hasDescriptors(threads: number): boolean {
+    const opened: Deno.Listener[] = [];
+    try {
+      // The pool's own port, which it may certainly open.
+      while (opened.length < threads * WORKER_DESCRIPTORS) opened.push(openShared(this.address));
+      return true;
+    } catch {
+      return false;
+    } finally {
+      opened.forEach(closeQuietly);
+    }
+  }
+
+  async #drain(grace: number | undefined): Promise<PoolShutdownReport> {
+    const begun = performance.now();
+    this.#stopping.abort();
+    const ownGrace = this.#holder === undefined ? 0 : graceOf(this.#holder);
+    // What waits in the backlog is the workers' to serve, who have the port open, too.
+    this.#holder?.close();
+    for (const thread of this.#threads) thread.shutdown(grace);
+    this.#loseIn((grace ?? ownGrace) + HANG_MS);
+    await Promise.race([this.#allEnded(), this.#patience.promise]);
+    clearTimeout(this.#patienceTimer);
+    const hung = [...this.#threads].map(({ number }) => number);
+    for (const thread of this.#threads) thread.giveUp();
+    await Promise.all(this.#serving ?? []);
+    await this.#holder?.shutdown(); // Its port is free.
+    this.#releaseModule();
+    this.#ended.resolve();
+    return {
+      finished: this.#reports.reduce((sum, { finished }) => sum + finished, 0),
+      cut: this.#reports.flatMap(({ cut }) => cut),
+      duration: performance.now() - begun,
+      hung,
+    };
+  }
+
+  async #allEnded(): Promise<void> {
+    // The workers may be about to be started.
+    await this.#listening?.catch(ignore);
+    await Promise.all(this.#serving ?? []);
+  }
+
+  /** Gives up workers that hang, `ms` from now. */
+  #loseIn(ms: number): void {
+    clearTimeout(this.#patienceTimer);
+    if (ms !== Infinity) this.#patienceTimer = setTimeout(this.#patience.resolve, Math.min(ms, MAX_TIMER_MS));
+  }
+}
+
+/** How the thread of a worker has ended: with a report, by an error, or, with neither, nobody knows. */
+interface WorkerEnding {
+  readonly report?: ShutdownReport;
+  readonly error?: Error;
+}
+
+/** A worker as the main thread sees it, from its start to its end. */
+class WorkerThread {
+  readonly number: number;
+  readonly #worker: Worker;
+  readonly #serving = Promise.withResolvers<void>();
+  readonly #ended = Promise.withResolvers<WorkerEnding>();
+  readonly #startTimer: ReturnType<typeof setTimeout>;
+  readonly #noteStopping: () => void;
+  #port: MessagePort | undefined;
+  #servingSince: number | undefined;
+  #isOver = false;
+  #stats = sumOf([]);
+
+  constructor(module: string, number: number, sharing: Sharing, noteStopping: () => void) {
+    this.number = number;
+    this.#noteStopping = noteStopping;
+    this.#serving.promise.catch(ignore); // Who replaces a worker waits for its end only.
+    const name = `worker ${number} of ${module}`;
+    this.#worker = new Worker(module, { type: "module", name });
+    this.#worker.addEventListener("message", ({ data }: MessageEvent<unknown>) => {
+      if (isGreeting(data, name)) this.#greet(data.port, sharing);
+    });
+    this.#worker.addEventListener("error", (event) => {
+      event.preventDefault();
+      this.#fail(loadError(event.message, module));
+    });
+    const late = `it has not begun to serve within ${WORKER_START_MS} ms; its module must make the pool and serve`;
+    this.#startTimer = setTimeout(() => this.#fail(new Deno.errors.TimedOut(late)), WORKER_START_MS);
+  }
+
+  /** Resolves when it begins to serve; rejects with one sentence if it ends before. */
+  get serving(): Promise<void> {
+    return this.#serving.promise;
+  }
+
+  /** Resolves when it is over; never rejects. */
+  get ended(): Promise<WorkerEnding> {
+    return this.#ended.promise;
+  }
+
+  /** What its server has done, as far as it has told. */
+  get stats(): ServerStats {
+    return this.#stats;
+  }
+
+  get hasServed(): boolean {
+    return this.#servingSince !== undefined;
+  }
+
+  get isServing(): boolean {
+    return this.hasServed && !this.#isOver;
+  }
+
+  /** Milliseconds since it began to serve. */
+  get age(): number {
+    return this.#servingSince === undefined ? 0 : performance.now() - this.#servingSince;
+  }
+
+  shutdown(grace: number | undefined): void {
+    this.#endBy({ command: "shutdown", grace });
+  }
+
+  close(): void {
+    this.#endBy({ command: "close" });
+  }
+
+  /** Waits no more for it. The runtime ends it when it does not compute any more. */
+  giveUp(): void {
+    this.#end({});
+  }
+
+  #endBy(command: PoolCommand): void {
+    if (this.#port === undefined) this.giveUp(); // It loads its module, and has met no client.
+    else this.#port.postMessage(command);
+  }
+
+  #greet(port: MessagePort, sharing: Sharing): void {
+    if (this.#isOver || this.#port !== undefined) return port.close();
+    this.#port = port;
+    port.onmessage = ({ data }: MessageEvent<WorkerNews>) => this.#hear(data);
+    const command: PoolCommand = { command: "serve", sharing };
+    port.postMessage(command);
+  }
+
+  #hear(news: WorkerNews): void {
+    if (this.#isOver) return;
+    switch (news.news) {
+      case "serving":
+        clearTimeout(this.#startTimer);
+        this.#servingSince = performance.now();
+        return this.#serving.resolve();
+      case "stats":
+        this.#stats = news.stats;
+        return;
+      case "stopping":
+        return this.#noteStopping();
+      case "ended":
+        this.#stats = news.stats;
+        return this.#end({ report: news.report });
+      case "failed":
+        return this.#fail(errorOf(news.failure));
+    }
+  }
+
+  #fail(error: Error): void {
+    this.#serving.reject(restate(error, `Cannot start worker ${this.number}: ${error.message}`));
+    this.#end({ error });
+  }
+
+  #end(ending: WorkerEnding): void {
+    if (this.#isOver) return;
+    this.#isOver = true;
+    clearTimeout(this.#startTimer);
+    this.#serving.resolve(); // If it still starts, it is not its own fault.
+    this.#port?.close();
+    this.#worker.terminate();
+    this.#ended.resolve(ending);
+  }
+}
+
+/** A worker as it sees itself: its server, and what the main thread wants of it. */
+class PoolMember {
+  readonly #scope: WorkerScope;
+  readonly #number: number;
+  readonly #makeServer: MakeServer;
+  readonly #channel = new MessageChannel();
+  readonly #sharing = Promise.withResolvers<Sharing>();
+  #server: TcpServer | undefined;
+  #listening: Promise<Deno.NetAddr> | undefined;
+  /** How the server is to be ended, if it is. */
+  #stop: ((server: TcpServer) => void) | undefined;
+  #isServing = false;
+  #toldStats = "";
+
+  constructor(scope: WorkerScope, module: string, makeServer: MakeServer) {
+    const [, number, own] = WORKER_NAME.exec(scope.name) ?? [];
+    if (own !== module) {
+      throw new TypeError(`Cannot make a pool of ${module} in a worker of ${own}: make it in the main thread only`);
+    }
+    this.#scope = scope;
+    this.#number = Number(number);
+    this.#makeServer = makeServer;
+  }
+
+  get server(): TcpServer | undefined {
+    return this.#server;
+  }
+
+  listen(): Promise<Deno.NetAddr> {
+    return this.#listening ??= this.#bind();
+  }
+
+  /** Serves, tells how it went, and waits for the end of its thread. */
+  async serveForever(options: { signal?: AbortSignal }): Promise<never> {
+    if (this.#isServing) throw new Deno.errors.Busy("Cannot serveForever(): the pool is serving already");
+    this.#isServing = true;
+    this.#watchForCrash();
+    try {
+      await this.listen();
+      if (this.#server !== undefined) await this.#serve(this.#server, options);
+    } catch (error) {
+      this.#tell({ news: "failed", failure: failureOf(error) });
+    }
+    return await new Promise<never>(ignore);
+  }
+
+  async shutdown(grace: number | undefined): Promise<PoolShutdownReport> {
+    this.#endBy((server) => void server.shutdown(grace === undefined ? {} : { grace }));
+    const report = await this.#server?.shutdown();
+    return { ...report ?? { finished: 0, cut: [], duration: 0 }, hung: [] };
+  }
+
+  close(): void {
+    this.#endBy((server) => server.close());
+  }
+
+  #endBy(stop: (server: TcpServer) => void): void {
+    this.#stop = stop;
+    if (this.#server !== undefined) stop(this.#server);
+  }
+
+  async #bind(): Promise<Deno.NetAddr> {
+    const { port1, port2 } = this.#channel;
+    port1.onmessage = ({ data }: MessageEvent<PoolCommand>) => this.#obey(data);
+    this.#scope.postMessage({ pool: this.#scope.name, port: port2 }, [port2]);
+    const sharing = await this.#sharing.promise;
+    this.#server = await makeSharing(this.#makeServer, this.#number, sharing);
+    try {
+      return await this.#server.listen();
+    } catch (error) {
+      // The main thread has the port open, so nobody else is there.
+      if (error instanceof Deno.errors.AddrInUse) throw new TypeError("this runtime lets no two threads share a port");
+      throw error;
+    }
+  }
+
+  #obey(command: PoolCommand): void {
+    switch (command.command) {
+      case "serve":
+        return this.#sharing.resolve(command.sharing);
+      case "shutdown":
+        return void this.shutdown(command.grace);
+      case "close":
+        return this.close();
+    }
+  }
+
+  async #serve(server: TcpServer, options: { signal?: AbortSignal }): Promise<void> {
+    server.signal.addEventListener("abort", () => this.#tell({ news: "stopping" }));
+    this.#tell({ news: "serving" });
+    const timer = setInterval(() => this.#tellStats(server.stats), STATS_INTERVAL_MS);
+    this.#stop?.(server);
+    try {
+      await server.serveForever(options);
+    } finally {
+      clearInterval(timer);
+    }
+    this.#tell({ news: "ended", report: await server.shutdown(), stats: server.stats });
+  }
+
+  #tellStats(stats: ServerStats): void {
+    const text = JSON.stringify(stats);
+    if (text !== this.#toldStats) this.#tell({ news: "stats", stats });
+    this.#toldStats = text;
+  }
+
+  #tell(news: WorkerNews): void {
+    this.#channel.port1.postMessage(news);
+  }
+
+  /** Tells the main thread what ends this one: it is not told by the runtime, or only with a stack, on which it panics where there are no descriptors. */
+  #watchForCrash(): void {
+    const crash = (error: unknown) => {
+      if (this.#server !== undefined) this.#tellStats(this.#server.stats);
+      this.#tell({ news: "failed", failure: failureOf(error) });
+      this.#server?.close(); // Until the thread ends, another is to take those who come.
+    };
+    globalThis.addEventListener("error", (event) => {
+      if (event.defaultPrevented) return; // The module deals with it.
+      event.preventDefault();
+      crash(event.error);
+    });
+    globalThis.addEventListener("unhandledrejection", (event) => {
+      if (event.defaultPrevented) return;
+      event.preventDefault();
+      crash(event.reason);
+    });
+    globalThis.addEventListener("unload", () => crash("it has ended itself"));
+    const close = this.#scope.close;
+    this.#scope.close = () => {
+      crash("it has called self.close()");
+      close();
+    };
+  }
+}
+
+async function makeSharing(makeServer: MakeServer, number: number, sharing: Sharing): Promise<TcpServer> {
+  const server: unknown = await makeServer(number);
+  if (!(server instanceof TcpServer)) {
+    const made = server instanceof BaseServer ? server.constructor.name : kindOf(server);
+    throw new TypeError(
+      `makeServer must make a TcpServer or a TlsServer, as threads share no others: it has made ${made}`,
+    );
+  }
+  sharings.set(server, sharing);
+  return server;
+}
+
+/** Workers load their module from its file. */
+function checkReadable(module: string): void {
+  const url = new URL(module);
+  if (url.protocol !== "file:") return;
+  if (Deno.permissions.requestSync({ name: "read", path: url }).state === "granted") return;
+  const flag = `--allow-read=${fileOf(module)}`;
+  throw new Deno.errors.NotCapable(`Cannot start workers: they may not load their module; run again with ${flag}`);
+}
+
+/** The path of a module's file, for a person; the URL of one that has none. */
+function fileOf(module: string): string {
+  const { protocol, pathname } = new URL(module);
+  if (protocol !== "file:") return module;
+  return printable(decodeURIComponent(pathname).replace(/^\/(?=[A-Za-z]:)/, ""));
+}
+
+/** Why a worker cannot load its module or has failed in it, of which the runtime gives a text only and prints the rest. */
+function loadError(message: string, module: string): Error {
+  const [, missing] = /Requires read access to "(.*?)"/.exec(message) ?? [];
+  if (missing !== undefined) {
+    const paths = [fileOf(module), printable(missing)].join();
+    return new Deno.errors.NotCapable(`it may not load a module; run again with --allow-read=${paths}`);
+  }
+  const [line = ""] = message.replace(/^Uncaught (\(in promise\) )?/, "").split("\n");
+  return new TypeError(printable(line));
+}
+
+/** What all of them have done. */
+function sumOf(all: ServerStats[]): ServerStats {
+  const total = (count: (stats: ServerStats) => number) => all.reduce((sum, stats) => sum + count(stats), 0);
+  return {
+    accepted: total(({ accepted }) => accepted),
+    active: total(({ active }) => active),
+    rejected: total(({ rejected }) => rejected),
+    aborted: total(({ aborted }) => aborted),
+    timedOut: total(({ timedOut }) => timedOut),
+    errors: total(({ errors }) => errors),
+    lost: total(({ lost }) => lost),
+    refused: total(({ refused }) => refused),
+    handshakeFailures: total(({ handshakeFailures }) => handshakeFailures),
+    dropped: total(({ dropped }) => dropped),
+    overloads: total(({ overloads }) => overloads),
+    bytesRead: total(({ bytesRead }) => bytesRead),
+    bytesWritten: total(({ bytesWritten }) => bytesWritten),
+  };
 }
 
 // --- Datagram servers -------------------------------------------------------

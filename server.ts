@@ -27,6 +27,7 @@ import {
   UdpServer,
   UnixDatagramServer,
   UnixServer,
+  WorkerPool,
 } from "./mod.ts";
 
 const USAGE = `Answers what it is sent with a timestamp in front.
@@ -43,6 +44,9 @@ Usage: deno run --allow-net server.ts [options]
   --key FILE             its private key; this needs --allow-read of both
   --client-ca FILE       serve only clients whose certificate the authority in
                          FILE has vouched for; this needs --allow-read=FILE
+  --workers N            serve with N threads, or with "auto" one for each
+                         processor; limits are for each; this needs
+                         --allow-read=server.ts,mod.ts,deps.ts
   --lines                stamp each line, instead of each chunk as it arrives
   --max-connections N    serve so many clients at once, others wait (what the
                          system allows if run with -A, else no limit)
@@ -87,6 +91,7 @@ const FLAGS = {
   cert: { type: "string" },
   key: { type: "string" },
   "client-ca": { type: "string" },
+  workers: { type: "string" },
   lines: { type: "boolean", default: false },
   "max-connections": { type: "string" },
   "max-connections-per-host": { type: "string" },
@@ -108,11 +113,22 @@ const LIMITS = [
 ] as const;
 
 /** The flags that mean nothing to datagrams. */
-const FOR_CONNECTIONS = ["lines", "cert", "key", "client-ca", "proxy-from", ...LIMITS.map(([flag]) => flag)] as const;
+const FOR_CONNECTIONS = [
+  "workers",
+  "lines",
+  "cert",
+  "key",
+  "client-ca",
+  "proxy-from",
+  ...LIMITS.map(([flag]) => flag),
+] as const;
+
+/** Threads are no use beyond the processors, of which no machine has more. */
+const MAX_WORKERS = 1_024;
 
 // --- What is told --------------------------------------------------------------
 
-type Server = StreamServer | DatagramServer;
+type Server = StreamServer | DatagramServer | WorkerPool;
 
 /** Messages and bytes in a second. */
 interface Rates {
@@ -254,14 +270,15 @@ function messageOf(error: unknown): string {
 }
 
 /** Has `reporter` told of all that happens at `server`. It sets hooks on the object: one class for each kind of server would say the same four times. */
-function observe(server: Server, reporter: Reporter): void {
+function observed<Observed extends StreamServer | DatagramServer>(server: Observed): Observed {
   if (!(server instanceof DatagramServer)) {
     server.handleOpen = (_request, client) => reporter.opened(client);
     server.handleClose = (report, client) => reporter.closed(client, report);
   }
-  if (reporter instanceof TextReporter) return; // The library prints errors by itself, with their stack.
+  if (reporter instanceof TextReporter) return server; // The library prints errors by itself, with their stack.
   server.handleError = (error, client) => reporter.failed(error, client);
   server.handleOverload = (error) => reporter.overloaded(error);
+  return server;
 }
 
 let reporter: Reporter = new TextReporter(false);
@@ -341,21 +358,62 @@ function makeServer(flags: Flags): Server {
     const senseless = FOR_CONNECTIONS.find((name) => flags[name]);
     if (senseless !== undefined) throw new UsageError(`--${senseless} is for connections, and --udp has none`);
     return path === undefined
-      ? new UdpServer({ hostname, port }, StampDatagrams)
-      : new UnixDatagramServer({ path }, StampDatagrams);
+      ? observed(new UdpServer({ hostname, port }, StampDatagrams))
+      : observed(new UnixDatagramServer({ path }, StampDatagrams));
   }
   const Handler = flags.lines ? StampLines : StampChunks;
-  const { cert, key, "client-ca": clientCa } = flags;
+  const { cert, key, "client-ca": clientCa, workers } = flags;
   if ((cert === undefined) !== (key === undefined)) throw new UsageError("--cert and --key must be given together");
   if (cert !== undefined && path !== undefined) throw new UsageError("--cert is not for --unix");
   if (clientCa !== undefined && cert === undefined) {
     throw new UsageError("--client-ca is for TLS; it needs --cert and --key too");
   }
-  if (path !== undefined) return new UnixServer({ path }, Handler, options);
-  if (cert === undefined || key === undefined) return new TcpServer({ hostname, port }, Handler, options);
-  const identity = { cert: readFileOf("--cert", cert), key: readFileOf("--key", key) };
-  const trust = clientCa === undefined ? {} : { clientCa: readFileOf("--client-ca", clientCa) };
-  return new TlsServer({ hostname, port, ...identity, ...trust }, Handler, options);
+  if (workers !== undefined && path !== undefined) throw new UsageError("--workers is not for --unix");
+  if (path !== undefined) return observed(new UnixServer({ path }, Handler, options));
+  const makeOne = () => {
+    if (cert === undefined || key === undefined) return observed(new TcpServer({ hostname, port }, Handler, options));
+    const identity = { cert: readFileOf("--cert", cert), key: readFileOf("--key", key) };
+    const trust = clientCa === undefined ? {} : { clientCa: readFileOf("--client-ca", clientCa) };
+    return observed(new TlsServer({ hostname, port, ...identity, ...trust }, Handler, options));
+  };
+  return workers === undefined ? makeOne() : makePool(workers, makeOne);
+}
+
+function makePool(workers: string, makeOne: () => TcpServer): WorkerPool {
+  if (workers === "auto") return new WorkerPool(import.meta.url, makeOne);
+  return new WorkerPool(import.meta.url, makeOne, { workers: wholeNumber("--workers", workers, 1, MAX_WORKERS) });
+}
+
+// --- Workers -------------------------------------------------------------------
+
+/** How often a worker tells the main thread how many messages it has answered. */
+const TELL_INTERVAL_MS = 250;
+
+/** What workers tell the main thread: messages that they have answered, or what is to be printed. */
+type FromWorker = number | { readonly way: "log" | "error"; readonly data: string[] };
+
+const WORKERS_CHANNEL = "server.ts";
+
+/** In a worker: lets the main thread count, and print above its status line. */
+function tellMainThread(): void {
+  const channel = new BroadcastChannel(WORKERS_CHANNEL);
+  const tell = (what: FromWorker) => channel.postMessage(what);
+  setInterval(() => {
+    if (messages > 0) tell(messages);
+    messages = 0;
+  }, TELL_INTERVAL_MS);
+  const printable = (data: unknown) => typeof data === "string" ? data : Deno.inspect(data);
+  for (const way of ["log", "error"] as const) console[way] = (...data) => tell({ way, data: data.map(printable) });
+}
+
+/** In the main thread: does what the workers tell. */
+function listenToWorkers(): BroadcastChannel {
+  const channel = new BroadcastChannel(WORKERS_CHANNEL);
+  channel.onmessage = ({ data }: MessageEvent<FromWorker>) => {
+    if (typeof data === "number") messages += data;
+    else console[data.way](...data.data);
+  };
+  return channel;
 }
 
 // --- How it is doing -----------------------------------------------------------
@@ -446,6 +504,12 @@ function inErrorStyle([format, ...data]: unknown[]): unknown[] {
 const STATUS_SIGNAL = Deno.build.os === "windows" ? undefined : "SIGUSR2";
 
 async function serve(server: Server, hasStatusLine: boolean): Promise<void> {
+  const isPool = server instanceof WorkerPool;
+  if (isPool && server.isWorker) {
+    tellMainThread();
+    await server.serveForever(); // The main thread ends it.
+  }
+  const workers = isPool ? listenToWorkers() : undefined;
   let received = 0;
   const stop = () => received++ === 0 ? void server.shutdown() : server.close();
   const meter = new Meter(server);
@@ -458,6 +522,7 @@ async function serve(server: Server, hasStatusLine: boolean): Promise<void> {
     await server.serveForever();
   } finally {
     for (const [signal, listener] of listeners) Deno.removeSignalListener(signal, listener);
+    workers?.close();
   }
   reporter.stopped(server, await server.shutdown()); // It is over: this is its report.
 }
@@ -467,10 +532,8 @@ async function main(args: string[]): Promise<void> {
   if (flags.help) return console.log(USAGE);
   if (flags.version) return console.log(`server.ts ${VERSION}`);
   const { quiet, json } = flags;
-  const server = makeServer(flags);
   reporter = json ? new JsonReporter(quiet) : new TextReporter(quiet);
-  observe(server, reporter);
-  await serve(server, Deno.stdout.isTerminal() && !quiet && !json);
+  await serve(makeServer(flags), Deno.stdout.isTerminal() && !quiet && !json);
 }
 
 if (import.meta.main) await runScript("server.ts", main);

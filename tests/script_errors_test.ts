@@ -52,6 +52,10 @@ const MISUSES: Record<"server.ts" | "client.ts", Mistake[]> = {
       args: ["--udp", ...args],
       told: `${args[0]} is for connections, and --udp has none`,
     })),
+    { args: ["--workers", "0"], told: '--workers must be a whole number from 1 to 1024: it is "0"' },
+    { args: ["--workers", "many"], told: '--workers must be a whole number from 1 to 1024: it is "many"' },
+    { args: ["--workers", "2", "--unix", "/tmp/a.sock"], told: "--workers is not for --unix" },
+    { args: ["--udp", "--workers", "2"], told: "--workers is for connections, and --udp has none" },
     { args: ["--hostname", "::1", "--unix", "/tmp/a.sock"], told: "choose one of --hostname and --unix" },
     { args: ["--udp", "--proxy-from", "127.0.0.1"], told: "--proxy-from is for connections, and --udp has none" },
     {

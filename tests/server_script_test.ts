@@ -569,3 +569,30 @@ programTest("a second signal is heard however soon it comes", async () => {
   assertEquals(code, 0);
   assertMatch(stdout, /\nclients: 1, cut off: 1, /);
 });
+
+// --- Workers ------------------------------------------------------------------
+
+const FILES = ["server.ts", "mod.ts", "deps.ts"].map((file) => new URL(`../${file}`, import.meta.url).pathname);
+
+programTest("server.ts --workers counts what all of them have done, and names the flag that it needs", async () => {
+  const args = ["--port", "0", "--workers", "2"];
+  const permissions = ["--allow-net=127.0.0.1"];
+  const refused = await runScript("server.ts", args, { permissions });
+  assertFailed(refused, 1, /Cannot start workers: .*--allow-read=\S*\/server\.ts\n$/);
+
+  await using server = startScript("server.ts", args, { permissions: [...permissions, `--allow-read=${FILES}`] });
+  const port = await portOf(server);
+  for (let count = 0; count < 10; count++) {
+    using peer = await Peer.connect(port);
+    await peer.send("hello\n");
+    assertMatch(await peer.receive("\n"), stamped("hello\n"));
+    await peer.closeWrite();
+    await peer.receiveAll();
+  }
+  server.kill("SIGUSR2");
+  await server.printed(/^connections: \d+, messages\/s: \d+, /m);
+  server.kill("SIGTERM");
+  const { code, stdout, stderr } = await server.ended();
+  assertEquals([code, stderr], [0, ""]);
+  assertMatch(stdout, /^clients: 10, cut off: 0, bytes in: 60, bytes out: 330$/m);
+});

@@ -41,6 +41,11 @@ export function networkTest(name: string, fn: (t: Deno.TestContext) => void | Pr
   testNeeding({ net: true }, name, fn);
 }
 
+/** A test with threads that load their module, over real sockets of 127.0.0.1. */
+export function poolTest(name: string, fn: (t: Deno.TestContext) => void | Promise<void>): void {
+  testNeeding({ net: true, read: true }, name, fn);
+}
+
 /** A test over Unix sockets, whose files lie in a folder of its own. */
 export function unixTest(name: string, fn: (folder: string) => Promise<void>): void {
   testNeeding({ net: true, read: true, write: true }, name, async () => {
@@ -71,8 +76,8 @@ export async function rejectionOf(promise: Promise<unknown>): Promise<Error> {
 }
 
 /** Resolves as soon as `condition` holds, for what tells nobody when it changes; rejects when it takes too long. */
-export async function until(condition: () => boolean): Promise<void> {
-  const deadline = performance.now() + 10_000;
+export async function until(condition: () => boolean, patience = 10_000): Promise<void> {
+  const deadline = performance.now() + patience;
   while (!condition()) {
     if (performance.now() > deadline) throw new Deno.errors.TimedOut(`Waited in vain for ${condition}`);
     await new Promise((resolve) => setTimeout(resolve, 1));

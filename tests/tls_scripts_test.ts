@@ -46,6 +46,21 @@ scriptTest("with --client-ca only clients with a certificate of that authority a
   assertFailed(await run("--cert", rogue.certFile, "--key", rogue.keyFile), 1, /accepts? .*certificate/);
 });
 
+scriptTest("workers share a port over TLS, too", async ({ ca, server: { certFile, keyFile } }) => {
+  const files = ["server.ts", "mod.ts", "deps.ts"].map((file) => new URL(`../${file}`, import.meta.url).pathname);
+  const permissions = ["--allow-net=127.0.0.1", `--allow-read=${[...files, certFile, keyFile]}`];
+  const args = ["--port", "0", "--cert", certFile, "--key", keyFile, "--workers", "2"];
+  await using server = startScript("server.ts", args, { permissions });
+  const port = await portOf(server);
+  const flags = ["--port", String(port), "--tls", "--ca", ca.certFile];
+  const reading = ["--allow-net=127.0.0.1", `--allow-read=${ca.certFile}`];
+  const { code, stdout, stderr } = await runScript("client.ts", [...flags, "hello"], { permissions: reading });
+  assertEquals([code, stderr], [0, ""]);
+  assertMatch(stdout, new RegExp(`^${STAMP}hello\n$`));
+  server.kill("SIGTERM");
+  assertMatch((await server.ended()).stdout, /clients: 1, cut off: 0, /);
+});
+
 scriptTest("openssl s_client talks to the server", async (certificates) => {
   await using server = startTlsServer(certificates);
   const port = await portOf(server);

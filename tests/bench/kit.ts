@@ -90,9 +90,9 @@ export class Kit implements AsyncDisposable {
     return [`${this.folder}/cert.pem`, `${this.folder}/key.pem`];
   }
 
-  /** The command, on a core of its own if that can be. What it prints as an error goes to ours. */
-  command(command: string[], core: number): Deno.Command {
-    const [program = "", ...args] = this.canPin ? ["taskset", "-c", String(core), ...command] : command;
+  /** The command, on a core of its own, or on both for threads that share it with the load, if that can be. What it prints as an error goes to ours. */
+  command(command: string[], ...cores: number[]): Deno.Command {
+    const [program = "", ...args] = this.canPin ? ["taskset", "-c", cores.join(), ...command] : command;
     return new Deno.Command(program, { args, env: ENVIRONMENT, stdin: "null", stdout: "piped", stderr: "inherit" });
   }
 

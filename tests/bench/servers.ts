@@ -4,7 +4,7 @@
  * @module
  */
 
-import { commandOf, type Kit, type ProgramName, SERVER_CORE } from "./kit.ts";
+import { commandOf, type Kit, LOAD_CORE, type ProgramName, SERVER_CORE } from "./kit.ts";
 
 /** A program that can be measured. */
 export interface Peer {
@@ -57,6 +57,8 @@ export interface Contender {
   /** What it serves, as its source names it. */
   service: string;
   transport: Transport;
+  /** Threads that serve, on all cores; without it, one on the server's own. */
+  workers?: number;
 }
 
 /** Long enough for a busy machine, and for nobody to wait for ever. */
@@ -76,10 +78,12 @@ export class Server implements AsyncDisposable {
   }
 
   /** Resolves when the server listens; rejects if it does not. */
-  static async start({ name, peer, service, transport }: Contender, kit: Kit): Promise<Server> {
+  static async start({ name, peer, service, transport, workers }: Contender, kit: Kit): Promise<Server> {
     const path = `${kit.folder}/${crypto.randomUUID()}`;
     const where = { tcp: [], unix: ["unix", path], tls: ["tls", ...kit.certificate] }[transport];
-    const process = kit.command([...await peer.command(kit), service, ...where], SERVER_CORE).spawn();
+    const threads = workers === undefined ? [] : ["workers", String(workers)];
+    const cores = workers === undefined ? [SERVER_CORE] : [SERVER_CORE, LOAD_CORE];
+    const process = kit.command([...await peer.command(kit), service, ...where, ...threads], ...cores).spawn();
     const port = await firstLine(process);
     const loadArguments = { tcp: [`port=${port}`], unix: [`path=${path}`], tls: [`port=${port}`, "tls=1"] };
     return new Server(name, process, loadArguments[transport]);

@@ -24,6 +24,8 @@ export interface Load {
   connections: number;
   /** Of a message; of all in a stream. */
   bytes: number;
+  /** Of each answer that is not an echo. */
+  reply?: number;
   /** Of each line in a message. */
   line?: number;
   /** After which a connection is replaced. */
@@ -33,6 +35,10 @@ export interface Load {
 
 const SMALL = 64;
 const LARGE = 16 * 1_024;
+const HASHED = 64 * 1_024;
+const DIGEST = 32;
+/** Asked for at once, so that the load, which shares a core with a worker, takes little of it. */
+const BATCH = 8;
 const BUSY = 1_000;
 const LINES = { count: 64, bytes: 32 };
 const NEWCOMERS = 48;
@@ -41,6 +47,8 @@ const QUICK_STREAM_BYTES = 2 ** 27;
 const IDLE = 10_000;
 /** What is seldom is measured so many times longer. */
 const LONG = 2;
+
+const ONE_WORKER = "1 worker";
 
 /** The numbers of connections in "how it grows". */
 const GROWTH = [1, 10, 100, 1_000, 5_000];
@@ -211,6 +219,38 @@ function datagrams(): Work {
   };
 }
 
+function everyCore(): Work[] {
+  const threads = (service: string) =>
+    [2, 1].map((workers) => ({
+      ...contender(OURS, service, { name: workers === 1 ? ONE_WORKER : `${workers} workers` }),
+      workers,
+    }));
+  const work = { ...BASE, figures: ["rate", "cpu", "p999", "jain"] } satisfies Partial<Work>;
+  return [{
+    ...work,
+    id: "workers-compute",
+    title: `${BATCH} × SHA-256 of 64 KiB, two workers`,
+    unit: "batches/s",
+    load: { ...echo(50, BATCH * SMALL), reply: BATCH * DIGEST },
+    contenders: threads("compute"),
+    goals: [times("rate", 1.8, ONE_WORKER)],
+  }, {
+    ...work,
+    id: "workers-digest",
+    title: "SHA-256 of 64 KiB that are sent, two workers",
+    load: { ...echo(50, HASHED), reply: DIGEST },
+    contenders: threads("digest"),
+    goals: [times("rate", 1, ONE_WORKER)],
+  }, {
+    ...work,
+    id: "workers-64",
+    title: "echo, two workers, 64 B",
+    load: echo(50, SMALL),
+    contenders: threads("recv"),
+    goals: [times("rate", 1, ONE_WORKER)],
+  }];
+}
+
 function growth(isQuick: boolean): Work[] {
   return (isQuick ? QUICK_GROWTH : GROWTH).map((connections) => ({
     ...BASE,
@@ -235,6 +275,7 @@ export function allWorks(isQuick: boolean): Work[] {
     ...echoes("unix", "Unix socket", over("unix"), [0.95, 0.95]),
     ...echoes("tls", "TLS", over("tls"), [0.95, 0.8]),
     datagrams(),
+    ...everyCore(),
     ...growth(isQuick),
   ];
   return isQuick ? works.map(withoutSpectators) : works;

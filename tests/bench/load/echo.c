@@ -37,7 +37,7 @@ typedef struct {
 typedef enum { OPENING, WARMING_UP, COUNTING } Phase;
 
 static const Options *options;
-static size_t message_bytes;
+static size_t message_bytes, reply_bytes;
 static Phase phase;
 static Client *clients;
 static int client_count, newcomer_count, busy_count, poller;
@@ -112,7 +112,14 @@ static void go_on(Client *client) {
   begin_exchange(client, time);
 }
 
+static void check_reply(Client *client, const char *data, size_t bytes) {
+  if (client->sent < message_bytes || client->received + bytes > reply_bytes) fail("the server answers too early or too much");
+  if (!is_known_reply(client->message, client->received, data, bytes)) fail("the server answers the same differently");
+  client->received += bytes;
+}
+
 static void check(Client *client, const char *data, size_t bytes) {
+  if (options->reply > 0) return check_reply(client, data, bytes);
   if (!client->is_busy || client->received + bytes > client->sent) fail("the server sends more than it was sent");
   if (memcmp(data, client->message + client->received, bytes) != 0) fail("the server sends something else back");
   client->received += bytes;
@@ -124,7 +131,7 @@ static void receive(Client *client) {
     ssize_t bytes = receive_some(&client->channel, data, sizeof data);
     if (bytes == WOULD_BLOCK) return;
     check(client, data, (size_t)bytes);
-    if (client->received == message_bytes) return go_on(client);
+    if (client->received == reply_bytes) return go_on(client);
   }
 }
 
@@ -217,6 +224,7 @@ static double newcomer_percentile(double part) {
 static void prepare(const Options *given) {
   options = given;
   message_bytes = (size_t)given->bytes;
+  reply_bytes = given->reply > 0 ? (size_t)given->reply : message_bytes;
   client_count = (int)given->connections;
   newcomer_count = (int)given->newcomers;
   allow_connections(client_count + newcomer_count);

@@ -8,6 +8,9 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+/* Of an answer that is not an echo. */
+#define MAX_REPLY 1024
+
 /* --- options.c: what the command line asks for --- */
 
 typedef struct {
@@ -18,6 +21,7 @@ typedef struct {
   double server;       /* process id of the server, whose time and memory are measured */
   double connections;
   double bytes;        /* of a message; of all of them in a stream */
+  double reply;        /* bytes of an answer that is not an echo; 0: it is one */
   double line;         /* bytes of each line in a message; 0: there are no lines */
   double exchanges;    /* after which a connection is closed and another one opened; 0: never */
   double newcomers;    /* connections that come one after the other while the others are busy */
@@ -61,6 +65,8 @@ double percentile(double part);
 void make_patterns(size_t bytes, size_t line);
 /* The bytes of message number `turn` on a connection. */
 const char *pattern(int connection, long turn);
+/* Whether a part of the answer to `message` is the same as in all such answers before. */
+bool is_known_reply(const char *message, size_t offset, const char *data, size_t bytes);
 
 /* --- channel.c: a connection, plain or encrypted, that never blocks once it is open --- */
 

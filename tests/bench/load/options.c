@@ -36,6 +36,7 @@ Options parse_options(int count, char **arguments) {
       {"server", &options.server, NULL},
       {"connections", &options.connections, NULL},
       {"bytes", &options.bytes, NULL},
+      {"reply", &options.reply, NULL},
       {"line", &options.line, NULL},
       {"exchanges", &options.exchanges, NULL},
       {"newcomers", &options.newcomers, NULL},
@@ -49,6 +50,7 @@ Options parse_options(int count, char **arguments) {
     set(&known[j], arguments[i], value_of(arguments[i], known[j].name));
   }
   if (options.connections < 1 || options.bytes < 1) fail("there is nothing to send");
+  if (options.reply > MAX_REPLY) fail("an answer that is not an echo has %d bytes at most", MAX_REPLY);
   if (options.line > 0 && (size_t)options.bytes % (size_t)options.line != 0) fail("a message has whole lines");
   return options;
 }

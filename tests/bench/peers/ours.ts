@@ -1,10 +1,11 @@
 /**
- * The servers of `mod.ts`: `ours.ts SERVICE [unix PATH | tls CERT KEY]` prints its
- * port when it listens.
+ * The servers of `mod.ts`: `ours.ts SERVICE [unix PATH | tls CERT KEY | workers N]`
+ * prints its port when it listens.
  *
  * @module
  */
 
+import { createHash } from "node:crypto";
 import {
   DatagramRequestHandler,
   type ServerOptions,
@@ -15,10 +16,12 @@ import {
   TlsServer,
   UdpServer,
   UnixServer,
+  WorkerPool,
 } from "../../../mod.ts";
 
 const ADDRESS = { hostname: "127.0.0.1", port: 0 };
 const BUFFER_BYTES = 65_536;
+const SMALL = 64;
 /** Long enough for none to expire while it is measured. */
 const DEADLINES = { timeout: 60_000, idleTimeout: 120_000 };
 
@@ -55,6 +58,26 @@ class Lines extends StreamRequestHandler {
   }
 }
 
+/** SHA-256 of each 64 KiB, on its own thread: `crypto.subtle` would take others. */
+class Digest extends StreamRequestHandler {
+  override async handle() {
+    for (let data; (data = await this.request.readExactly(BUFFER_BYTES)) !== null;) {
+      await this.request.send(createHash("sha256").update(data).digest());
+    }
+  }
+}
+
+/** For each 64 B the SHA-256 of 64 KiB that begin with them, so that those who ask have little to do. */
+class Compute extends StreamRequestHandler {
+  override async handle() {
+    const block = new Uint8Array(BUFFER_BYTES);
+    for (let data; (data = await this.request.readExactly(SMALL)) !== null;) {
+      block.set(data);
+      await this.request.write(createHash("sha256").update(block).digest());
+    }
+  }
+}
+
 class Reply extends DatagramRequestHandler {
   override async handle() {
     await this.request.reply(this.request.data);
@@ -67,6 +90,8 @@ const SERVICES: Record<string, [StreamRequestHandlerClass, ServerOptions?]> = {
   read: [Read],
   readLine: [ReadLine],
   lines: [Lines],
+  digest: [Digest],
+  compute: [Compute],
   "recv with deadlines": [Recv, DEADLINES],
 };
 
@@ -78,8 +103,20 @@ async function streamServer(service: string, transport = "tcp", file = "", keyFi
   return new TlsServer({ ...ADDRESS, cert, key }, Handler, options);
 }
 
+function workerPool(service: string, workers: number): WorkerPool {
+  const [Handler, options] = SERVICES[service] ?? [Recv];
+  return new WorkerPool(import.meta.url, () => new TcpServer(ADDRESS, Handler, options), { workers });
+}
+
+function serverOf(service: string, transport: string[]) {
+  if (service === "udp") return new UdpServer(ADDRESS, Reply);
+  const [kind, workers] = transport;
+  return kind === "workers" ? workerPool(service, Number(workers)) : streamServer(service, ...transport);
+}
+
 const [service = "recv", ...transport] = Deno.args;
-const server = service === "udp" ? new UdpServer(ADDRESS, Reply) : await streamServer(service, ...transport);
+const server = await serverOf(service, transport);
+const isWorker = server instanceof WorkerPool && server.isWorker;
 const address = await server.listen();
-console.log("port" in address ? address.port : 0);
+if (!isWorker) console.log("port" in address ? address.port : 0);
 await server.serveForever();
