@@ -47,6 +47,11 @@ Usage: deno run --allow-net server.ts [options]
                          addresses and ranges with commas between, or "unix"
   --idle-timeout MS      close clients that are silent for so long (never)
   --max-lifetime MS      close clients after so long, busy or not (never)
+  --health [HOST:]PORT   answer a balancer's HTTP GET or HEAD there: 200 while
+                         clients are welcome, 503 once the server is to end
+                         (no answer; HOST: 127.0.0.1)
+  --drain-delay MS       accept clients for so long after SIGINT or SIGTERM, as a
+                         balancer sends some until it has asked again (0)
   --quiet                print errors only
   --help                 print this and end
   --version              print the version and end
@@ -70,6 +75,8 @@ const FLAGS = {
   "proxy-from": { type: "string" },
   "idle-timeout": { type: "string" },
   "max-lifetime": { type: "string" },
+  health: { type: "string" },
+  "drain-delay": { type: "string", default: "0" },
   quiet: { type: "boolean", default: false },
   help: { type: "boolean", default: false },
   version: { type: "boolean", default: false },
@@ -87,7 +94,7 @@ const LIMITS = [
 const FOR_CONNECTIONS = ["lines", "proxy-from", ...LIMITS.map(([flag]) => flag)] as const;
 
 /** The flags that take a number. */
-const NUMBERS = new Set(["port", ...LIMITS.map(([flag]) => flag)].map((flag) => `--${flag}`));
+const NUMBERS = new Set(["port", "drain-delay", ...LIMITS.map(([flag]) => flag)].map((flag) => `--${flag}`));
 
 let isQuiet = false;
 
@@ -155,10 +162,13 @@ function number(flag: string, text: string, least: number, most = Infinity): num
   throw new TypeError(`${flag} must be a whole number${range}: it is "${text}"`);
 }
 
+/** What the flags say. */
+type Flags = ReturnType<typeof parse>;
+
 /** Parses the flags; what it throws is one sentence. */
 function parse(args: string[]) {
   try {
-    return parseArgs({ args: withNegatives(args), options: FLAGS });
+    return parseArgs({ args: withNegatives(args), options: FLAGS }).values;
   } catch (error) {
     throw error instanceof Error ? new TypeError(error.message.replace(/\.?\s+(To|This|Did) .*/s, "")) : error;
   }
@@ -187,8 +197,7 @@ function read(flag: string, file: string): string {
 }
 
 /** Makes what the flags ask for; `null` if they only asked to be told something. */
-function makeServer(args: string[]): StreamServer | DatagramServer | null {
-  const { values: flags } = parse(args);
+function makeServer(flags: Flags): StreamServer | DatagramServer | null {
   if (flags.help || flags.version) {
     console.log(flags.help ? USAGE : `server.ts ${VERSION}`);
     return null;
@@ -219,6 +228,49 @@ function makeServer(args: string[]): StreamServer | DatagramServer | null {
   if (path !== undefined) return new UnixServer({ path }, Handler, options);
   if (cert === undefined || key === undefined) return new TcpServer({ hostname, port }, Handler, options);
   return new TlsServer({ hostname, port, cert: read("--cert", cert), key: read("--key", key) }, Handler, options);
+}
+
+/** What a balancer may take of the server that answers it: it asks briefly, from one or two hosts. */
+const HEALTH_LIMITS: ServerOptions = {
+  maxConnections: 64,
+  maxConnectionsPerHost: 16,
+  maxLifetime: 5_000,
+  limit: 8_192,
+};
+
+/** Tells balancers whether to send clients here. */
+class HealthServer extends TcpServer {
+  isDraining = false;
+
+  constructor(address: { hostname: string; port: number }) {
+    super(address, Health, HEALTH_LIMITS);
+  }
+}
+
+/** Answers one HTTP request. */
+class Health extends StreamRequestHandler {
+  declare readonly server: HealthServer;
+
+  override async handle() {
+    const head = await this.request.readUntil("\r\n\r\n");
+    if (head === null) return; // Connected, and no more: that is a check, too.
+    const [method] = new TextDecoder().decode(head).split(" ");
+    if (method !== "GET" && method !== "HEAD") return await this.answer("405 Method Not Allowed", "GET or HEAD\n");
+    const [status, body] = this.server.isDraining ? ["503 Service Unavailable", "draining\n"] : ["200 OK", "ok\n"];
+    await this.answer(status, method === "GET" ? body : "", body.length);
+  }
+
+  async answer(status: string, body: string, length = body.length) {
+    const fields = `Allow: GET, HEAD\r\nCache-Control: no-store\r\nConnection: close\r\nContent-Length: ${length}`;
+    await this.request.send(`HTTP/1.1 ${status}\r\n${fields}\r\n\r\n${body}`);
+  }
+}
+
+/** Makes what answers balancers, if the flags ask for it. */
+function makeHealthServer(flags: Flags): HealthServer | undefined {
+  if (flags.health === undefined) return undefined;
+  const [, hostname = "127.0.0.1", port = ""] = /^(?:(.+):)?(.*)$/.exec(flags.health) ?? [];
+  return new HealthServer({ hostname, port: number("--health", port, 0, 65_535) });
 }
 
 /** How a server is doing: who is there, and rates since it was last asked. */
@@ -288,21 +340,37 @@ class StatusLine implements Disposable {
   }
 }
 
+/** An hour: no balancer takes longer to ask again. */
+const MAX_DELAY_MS = 3_600_000;
+
 /** SIGUSR1 is the runtime's own; other systems have neither. */
 const STATUS_SIGNAL = Deno.build.os === "windows" ? undefined : "SIGUSR2";
 
-async function serve(server: StreamServer | DatagramServer): Promise<void> {
+/** Serves until a signal ends it, and `drainDelay` milliseconds more. */
+async function serve(
+  server: StreamServer | DatagramServer,
+  health: HealthServer | undefined,
+  drainDelay: number,
+): Promise<void> {
   let received = 0;
-  const stop = () => received++ === 0 ? void server.shutdown() : server.close();
+  let draining: ReturnType<typeof setTimeout> | undefined;
+  const stop = () => {
+    if (received++ > 0) return server.close();
+    if (health !== undefined) health.isDraining = true;
+    draining = setTimeout(() => server.shutdown(), drainDelay);
+  };
   const meter = new Meter(server);
   const listeners = new Map<Deno.Signal, () => void>([["SIGINT", stop], ["SIGTERM", stop]]);
   if (STATUS_SIGNAL !== undefined) listeners.set(STATUS_SIGNAL, () => console.log(meter.read()));
   for (const [signal, listener] of listeners) Deno.addSignalListener(signal, listener);
   try {
     log(`waiting for connection... on ${formatAddress(await server.listen())}`);
+    if (health !== undefined) log(`health is told on ${formatAddress(health.listen())}`);
     using _status = Deno.stdout.isTerminal() && !isQuiet ? new StatusLine(new Meter(server)) : undefined;
-    await server.serveForever();
+    // Balancers are answered until the last client has left.
+    await Promise.all([server.serveForever().finally(() => health?.close()), health?.serveForever()]);
   } finally {
+    clearTimeout(draining);
     for (const [signal, listener] of listeners) Deno.removeSignalListener(signal, listener);
   }
   const { cut } = await server.shutdown(); // It is over: this is its report.
@@ -323,9 +391,12 @@ function inFlags(message: string): string {
 if (import.meta.main) {
   let exitCode = 2; // The flags are wrong.
   try {
-    const server = makeServer(Deno.args);
+    const flags = parse(Deno.args);
+    const server = makeServer(flags);
+    const health = makeHealthServer(flags);
+    const drainDelay = number("--drain-delay", flags["drain-delay"], 0, MAX_DELAY_MS);
     exitCode = 1; // The server cannot run.
-    if (server !== null) await serve(server);
+    if (server !== null) await serve(server, health, drainDelay);
   } catch (error) {
     const help = exitCode === 2 ? "; --help lists the flags" : "";
     console.error(`server.ts: ${error instanceof Error ? inFlags(error.message) : error}${help}`);
