@@ -180,15 +180,31 @@ const NETWORK_ERRORS = [
 
 /** The same class and `code` as `error`, so that callers can tell it apart, under a message of ours. */
 function restate(error: unknown, message: string): Error {
-  const Kind = NETWORK_ERRORS.find((Kind) => error instanceof Kind) ?? Error;
   const code = errorCode(error);
+  // The runtime asks a new connection for its peer, which a reset has taken away by then.
+  const isReset = code === "ENOTCONN";
+  const Kind = isReset ? Deno.errors.ConnectionReset : NETWORK_ERRORS.find((Kind) => error instanceof Kind) ?? Error;
   const restated = new Kind(message, { cause: error });
   return code === "" ? restated : Object.assign(restated, { code });
 }
 
-/** `error.code`, which the runtime gives to errors of the operating system; "" where there is none. */
+/** Linux's numbers of the errors to which Deno 2.9.6 gives no `code`. */
+const CODES_BY_NUMBER = new Map([
+  ["23", "ENFILE"],
+  ["64", "ENONET"],
+  ["71", "EPROTO"],
+  ["92", "ENOPROTOOPT"],
+  ["100", "ENETDOWN"],
+  ["107", "ENOTCONN"],
+  ["112", "EHOSTDOWN"],
+]);
+
+/** `error.code`, which the runtime gives to most errors of the operating system; the rest have a number in their message. "" where there is none. */
 function errorCode(error: unknown): string {
-  return error instanceof Error && "code" in error ? String(error.code) : "";
+  if (!(error instanceof Error)) return "";
+  if ("code" in error) return String(error.code);
+  const [, number = ""] = /\(os error (\d+)\)$/.exec(error.message) ?? [];
+  return CODES_BY_NUMBER.get(number) ?? "";
 }
 
 /**
@@ -810,6 +826,9 @@ function explain(error: unknown, address: Deno.Addr): string {
       return "nobody listens there; start the server or check the address";
     case "ENOENT":
       return "no such file; start the server or check the path";
+    case "ECONNRESET":
+    case "ENOTCONN":
+      return "the server reset the connection; it may be about to end, so try again";
     default:
       return messageOf(error).startsWith("failed to lookup address")
         ? "the name cannot be resolved; check its spelling"
@@ -4950,22 +4969,6 @@ const PEER_CODES = new Set([
 /** accept(2): limits that other connections will make room under. */
 const OVERLOAD_CODES = new Set(["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"]);
 
-/** Linux's numbers of those to which Deno 2.9.6 gives no `code`. */
-const CODES_BY_NUMBER = new Map([
-  ["23", "ENFILE"],
-  ["64", "ENONET"],
-  ["71", "EPROTO"],
-  ["92", "ENOPROTOOPT"],
-  ["100", "ENETDOWN"],
-  ["112", "EHOSTDOWN"],
-]);
-
-/** The code of an error of the system, which may have it as a number in its message only. */
-function systemCode(error: unknown): string {
-  const [, number = ""] = /\(os error (\d+)\)$/.exec(messageOf(error)) ?? [];
-  return errorCode(error) || (CODES_BY_NUMBER.get(number) ?? "");
-}
-
 /**
  * Tells what an error of `Deno.Listener.accept` means. It looks at the `code`, or
  * at the number in the message, and not at the class: `EMFILE` is a plain `Error`.
@@ -4983,7 +4986,7 @@ function systemCode(error: unknown): string {
  * ```
  */
 export function acceptFailure(error: unknown): AcceptFailure {
-  const code = systemCode(error);
+  const code = errorCode(error);
   if (PEER_CODES.has(code)) return "peer";
   if (OVERLOAD_CODES.has(code)) return "overload";
   if (error instanceof Deno.errors.BadResource || error instanceof Deno.errors.Interrupted) return "closed";

@@ -57,6 +57,11 @@ Usage: deno run --allow-net server.ts [options]
                          addresses and ranges with commas between, or "unix"
   --idle-timeout MS      close clients that are silent for so long (never)
   --max-lifetime MS      close clients after so long, busy or not (never)
+  --health [HOST:]PORT   answer a balancer's HTTP GET or HEAD there: 200 while
+                         clients are welcome, 503 once the server is to end
+                         (no answer; HOST: 127.0.0.1)
+  --drain-delay MS       accept clients for so long after SIGINT or SIGTERM, as a
+                         balancer sends some until it has asked again (0)
   --quiet                print errors only
   --json                 print one line of JSON for each event, and nothing else
   --help                 print this and end
@@ -69,6 +74,7 @@ terminals, and not if NO_COLOR is set.
 
 With --json each line is an object with "time" (ISO 8601) and "event", which is
   listening   address
+  health      address
   opened      client
   closed      client, reason, duration, bytesRead, bytesWritten
   datagram    client, bytesRead (with --udp, in place of the two above)
@@ -98,6 +104,8 @@ const FLAGS = {
   "proxy-from": { type: "string" },
   "idle-timeout": { type: "string" },
   "max-lifetime": { type: "string" },
+  health: { type: "string" },
+  "drain-delay": { type: "string", default: "0" },
   quiet: { type: "boolean", default: false },
   json: { type: "boolean", default: false },
   help: { type: "boolean", default: false },
@@ -140,6 +148,7 @@ interface Rates {
 /** Tells whoever runs the server what happens. */
 interface Reporter {
   listening(address: Deno.Addr): void;
+  tellingHealth(address: Deno.Addr): void;
   opened(client: Deno.Addr): void;
   closed(client: Deno.Addr, report: ConnectionReport): void;
   received(datagram: Datagram): void;
@@ -159,6 +168,10 @@ class TextReporter implements Reporter {
 
   listening(address: Deno.Addr): void {
     this.#log("waiting for connection... on %c%s", ADDRESS_STYLE, formatAddress(address));
+  }
+
+  tellingHealth(address: Deno.Addr): void {
+    this.#log("health is told on %c%s", ADDRESS_STYLE, formatAddress(address));
   }
 
   opened(client: Deno.Addr): void {
@@ -210,6 +223,10 @@ class JsonReporter implements Reporter {
 
   listening(address: Deno.Addr): void {
     this.#print("listening", { address: formatAddress(address) });
+  }
+
+  tellingHealth(address: Deno.Addr): void {
+    this.#print("health", { address: formatAddress(address) });
   }
 
   opened(client: Deno.Addr): void {
@@ -384,6 +401,51 @@ function makePool(workers: string, makeOne: () => TcpServer): WorkerPool {
   return new WorkerPool(import.meta.url, makeOne, { workers: wholeNumber("--workers", workers, 1, MAX_WORKERS) });
 }
 
+// --- Health --------------------------------------------------------------------
+
+/** What a balancer may take of the server that answers it: it asks briefly, from one or two hosts. */
+const HEALTH_LIMITS: ServerOptions = {
+  maxConnections: 64,
+  maxConnectionsPerHost: 16,
+  maxLifetime: 5_000,
+  limit: 8_192,
+};
+
+/** Tells balancers whether to send clients here. */
+class HealthServer extends TcpServer {
+  isDraining = false;
+
+  constructor(address: { hostname: string; port: number }) {
+    super(address, Health, HEALTH_LIMITS);
+  }
+}
+
+/** Answers one HTTP request. */
+class Health extends StreamRequestHandler {
+  declare readonly server: HealthServer;
+
+  override async handle() {
+    const head = await this.request.readUntil("\r\n\r\n");
+    if (head === null) return; // Connected, and no more: that is a check, too.
+    const [method] = new TextDecoder().decode(head).split(" ");
+    if (method !== "GET" && method !== "HEAD") return await this.answer("405 Method Not Allowed", "GET or HEAD\n");
+    const [status, body] = this.server.isDraining ? ["503 Service Unavailable", "draining\n"] : ["200 OK", "ok\n"];
+    await this.answer(status, method === "GET" ? body : "", body.length);
+  }
+
+  async answer(status: string, body: string, length = body.length) {
+    const fields = `Allow: GET, HEAD\r\nCache-Control: no-store\r\nConnection: close\r\nContent-Length: ${length}`;
+    await this.request.send(`HTTP/1.1 ${status}\r\n${fields}\r\n\r\n${body}`);
+  }
+}
+
+/** Makes what answers balancers, if the flags ask for it. */
+function makeHealthServer(flags: Flags): HealthServer | undefined {
+  if (flags.health === undefined) return undefined;
+  const [, hostname = "127.0.0.1", port = ""] = /^(?:(.+):)?(.*)$/.exec(flags.health) ?? [];
+  return new HealthServer({ hostname, port: wholeNumber("--health", port, 0, 65_535) });
+}
+
 // --- Workers -------------------------------------------------------------------
 
 /** How often a worker tells the main thread how many messages it has answered. */
@@ -404,6 +466,12 @@ function tellMainThread(): void {
   }, TELL_INTERVAL_MS);
   const printable = (data: unknown) => typeof data === "string" ? data : Deno.inspect(data);
   for (const way of ["log", "error"] as const) console[way] = (...data) => tell({ way, data: data.map(printable) });
+}
+
+/** Serves until the main thread ends this one. */
+async function serveAsWorker(pool: WorkerPool): Promise<void> {
+  tellMainThread();
+  await pool.serveForever();
 }
 
 /** In the main thread: does what the workers tell. */
@@ -503,24 +571,39 @@ function inErrorStyle([format, ...data]: unknown[]): unknown[] {
 /** SIGUSR1 is the runtime's own; other systems have neither. */
 const STATUS_SIGNAL = Deno.build.os === "windows" ? undefined : "SIGUSR2";
 
-async function serve(server: Server, hasStatusLine: boolean): Promise<void> {
-  const isPool = server instanceof WorkerPool;
-  if (isPool && server.isWorker) {
-    tellMainThread();
-    await server.serveForever(); // The main thread ends it.
-  }
-  const workers = isPool ? listenToWorkers() : undefined;
+/** An hour: no balancer takes longer to ask again. */
+const MAX_DELAY_MS = 3_600_000;
+
+/** How to serve, besides what. */
+interface Manner {
+  readonly health: HealthServer | undefined;
+  /** Milliseconds for which clients are accepted after a signal. */
+  readonly drainDelay: number;
+  readonly hasStatusLine: boolean;
+}
+
+/** Serves until a signal ends it, and `drainDelay` milliseconds more. */
+async function serve(server: Server, { health, drainDelay, hasStatusLine }: Manner): Promise<void> {
+  const workers = server instanceof WorkerPool ? listenToWorkers() : undefined;
   let received = 0;
-  const stop = () => received++ === 0 ? void server.shutdown() : server.close();
+  let draining: ReturnType<typeof setTimeout> | undefined;
+  const stop = () => {
+    if (received++ > 0) return server.close();
+    if (health !== undefined) health.isDraining = true;
+    draining = setTimeout(() => server.shutdown(), drainDelay);
+  };
   const meter = new Meter(server);
   const listeners = new Map<Deno.Signal, () => void>([["SIGINT", stop], ["SIGTERM", stop]]);
   if (STATUS_SIGNAL !== undefined) listeners.set(STATUS_SIGNAL, () => reporter.asked(server, meter.read()));
   for (const [signal, listener] of listeners) Deno.addSignalListener(signal, listener);
   try {
     reporter.listening(await server.listen());
+    if (health !== undefined) reporter.tellingHealth(health.listen());
     using _status = hasStatusLine ? new StatusLine(server) : undefined;
-    await server.serveForever();
+    // Balancers are answered until the last client has left.
+    await Promise.all([server.serveForever().finally(() => health?.close()), health?.serveForever()]);
   } finally {
+    clearTimeout(draining);
     for (const [signal, listener] of listeners) Deno.removeSignalListener(signal, listener);
     workers?.close();
   }
@@ -533,7 +616,11 @@ async function main(args: string[]): Promise<void> {
   if (flags.version) return console.log(`server.ts ${VERSION}`);
   const { quiet, json } = flags;
   reporter = json ? new JsonReporter(quiet) : new TextReporter(quiet);
-  await serve(makeServer(flags), Deno.stdout.isTerminal() && !quiet && !json);
+  const server = makeServer(flags);
+  const health = makeHealthServer(flags);
+  const drainDelay = wholeNumber("--drain-delay", flags["drain-delay"], 0, MAX_DELAY_MS);
+  if (server instanceof WorkerPool && server.isWorker) return await serveAsWorker(server);
+  await serve(server, { health, drainDelay, hasStatusLine: Deno.stdout.isTerminal() && !quiet && !json });
 }
 
 if (import.meta.main) await runScript("server.ts", main);

@@ -49,6 +49,20 @@ networkTest("connect() says what was dialled, why it failed and what to do", asy
   assert(error.cause instanceof Deno.errors.ConnectionRefused);
 });
 
+Deno.test("connect() calls a connection that was reset before the runtime could look at it reset", async () => {
+  const dial = Deno.connect;
+  // What Deno 2.9.6 says then, which is a race.
+  const rejected = () => Promise.reject(new Error("Transport endpoint is not connected (os error 107)"));
+  try {
+    Object.assign(Deno, { connect: rejected });
+    const error = await rejectionOf(connect({ port: 8009 }));
+    assert(error instanceof Deno.errors.ConnectionReset);
+    assertMatch(error.message, /^Cannot connect to 127\.0\.0\.1:8009: the server reset the connection; /);
+  } finally {
+    Object.assign(Deno, { connect: dial });
+  }
+});
+
 networkTest("connect() says after how many tries it gave up", async () => {
   const error = await rejectionOf(connect({ port: freePort(), retries: 2 }));
   assertMatch(error.message, /^Cannot connect to 127\.0\.0\.1:\d+ after 3 tries: nobody listens there/);

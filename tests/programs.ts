@@ -19,6 +19,7 @@ const PACKAGES: Record<string, string> = {
   openssl: "openssl",
   python3: "python3",
   socat: "socat",
+  "systemd-analyze": "systemd",
 };
 
 export interface ProgramOptions {
