@@ -5574,7 +5574,9 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
    * opens a file.
    */
   handleOverload(error: unknown): void | Promise<void> {
-    console.error(`Cannot accept connections for now: ${messageOf(error)}`);
+    const where = this.#address === undefined ? "" : ` on ${formatAddress(this.#address)}`;
+    const advice = errorCode(error) === "EMFILE" ? '; raise "ulimit -n" or lower maxConnections' : "";
+    console.error(`Cannot accept connections${where} for now: ${messageOf(error)}${advice}`);
   }
 
   /** The requests that are being served, and when they came. Those that were cut off are over for their clients. */

@@ -246,7 +246,9 @@ async function floodSmallServer(files: Record<string, string>, flag = "--allow-n
   server.kill();
   await reader.cancel();
   await ended;
-  const told = (await printed).match(/Cannot accept connections for now: Too many open files/g) ?? [];
+  const told = (await printed).match(
+    /Cannot accept connections on 127\.0\.0\.1:\d+ for now: Too many open files .*; raise "ulimit -n" or/g,
+  ) ?? [];
   assertEquals(told.length, reports);
   await server.status;
   await Deno.remove(folder, { recursive: true });

@@ -18,6 +18,7 @@ const PACKAGES: Record<string, string> = {
   nginx: "nginx",
   openssl: "openssl",
   python3: "python3",
+  "redis-cli": "redis-tools",
   socat: "socat",
   "systemd-analyze": "systemd",
 };

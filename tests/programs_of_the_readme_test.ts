@@ -1,0 +1,171 @@
+/**
+ * The programs of the README run as they are written there, but for their port,
+ * which is a free one, and are talked to by the clients that are named there.
+ */
+
+import { assert, assertEquals, assertMatch } from "../deps.ts";
+import { connect, DatagramClient, type SocketStream } from "../mod.ts";
+import { withCertificates } from "./certificates.ts";
+import { Program } from "./programs.ts";
+import { programTest } from "./testing.ts";
+
+/** A port that nobody listens on. */
+function freePort(): number {
+  using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
+  return listener.addr.port;
+}
+
+/** The text of the program that the README calls `name`. */
+async function programOf(name: string): Promise<string> {
+  const readme = await Deno.readTextFile(new URL("../README.md", import.meta.url));
+  const [, program] = new RegExp(`^\`\`\`ts ignore\\n// ${name}\\n(.*?)^\`\`\``, "ms").exec(readme) ?? [];
+  assert(program !== undefined, `the README has no ${name}`);
+  return program;
+}
+
+interface Setting {
+  flags?: string[];
+  files?: Record<string, string>;
+  /** What it may print of errors. */
+  printed?: RegExp;
+}
+
+/** Runs it in a folder of its own. */
+async function withProgram(
+  name: string,
+  test: (port: number) => Promise<void>,
+  { flags = [], files = {}, printed = /^$/ }: Setting = {},
+): Promise<void> {
+  const folder = await Deno.makeTempDir({ prefix: "socketserver-" });
+  const port = freePort();
+  const program = (await programOf(name)).replace(/port: \d+/, `port: ${port}`);
+  await Deno.writeTextFile(`${folder}/${name}`, program);
+  await Deno.copyFile(new URL("../mod.ts", import.meta.url), `${folder}/mod.ts`);
+  for (const [file, text] of Object.entries(files)) await Deno.writeTextFile(`${folder}/${file}`, text);
+  const args = ["run", "--no-config", "--allow-net=127.0.0.1", ...flags, name];
+  const running = Program.start(Deno.execPath(), args, { cwd: folder });
+  try {
+    await test(port);
+    assertMatch(running.stderr, printed);
+  } finally {
+    await running[Symbol.asyncDispose]();
+    await Deno.remove(folder, { recursive: true });
+  }
+}
+
+/** Waits for the program to start. */
+function dial(port: number): Promise<SocketStream> {
+  return connect({ port, retries: Infinity, timeout: 20_000 });
+}
+
+async function runClient(command: string, args: string[], input = ""): Promise<string> {
+  await using program = Program.start(command, args);
+  await program.write(input);
+  await program.closeInput();
+  return (await program.ended()).stdout;
+}
+
+programTest("each program of the README has fewer than 30 lines, and the right types", async () => {
+  const folder = await Deno.makeTempDir({ prefix: "socketserver-" });
+  const names = ["chat", "store", "calculator", "time", "tls_echo"].map((name) => `${name}_server.ts`);
+  for (const name of names) {
+    const program = await programOf(name);
+    const lines = program.trim().split("\n").length;
+    assert(lines < 30, `${name} has ${lines} lines`);
+    await Deno.writeTextFile(`${folder}/${name}`, program);
+  }
+  await Deno.copyFile(new URL("../mod.ts", import.meta.url), `${folder}/mod.ts`);
+  await using check = Program.start(Deno.execPath(), ["check", "--no-config", ...names], { cwd: folder });
+  const { code, stderr } = await check.ended();
+  await Deno.remove(folder, { recursive: true });
+  assertEquals(code, 0, stderr);
+});
+
+programTest("chat_server.ts tells each line to the others, and who comes and leaves", async () => {
+  await withProgram("chat_server.ts", async (port) => {
+    await using ann = await dial(port);
+    assertEquals(await ann.readLine(), "What is your name?");
+    await ann.send("Ann\n");
+    await using bob = await dial(port);
+    await bob.readLine();
+    await bob.send("Bob\nhello\x1b[2J\n");
+    for (const line of ["* Bob has come", "Bob: hello\\x1b[2J"]) assertEquals(await ann.readLine(), line);
+    await ann.send("good morning\n");
+    assertEquals(await bob.readLine(), "Ann: good morning");
+    bob.close();
+    assertEquals(await ann.readLine(), "* Bob has left");
+  });
+});
+
+programTest("chat_server.ts shows out who does not read, and nobody else waits for it", async () => {
+  await withProgram("chat_server.ts", async (port) => {
+    const clients = await Promise.all(["deaf", "ann", "bob"].map(async (name) => {
+      const client = await dial(port);
+      await client.send(`${name}\n`);
+      return client;
+    }));
+    const [deaf, ann, bob] = clients;
+    assert(deaf !== undefined && ann !== undefined && bob !== undefined);
+    const line = "x".repeat(900);
+    const isOut = (async () => {
+      for await (const heard of bob.lines()) if (heard === "* deaf has left") return;
+    })();
+    let isOver = false;
+    isOut.then(() => isOver = true);
+    while (!isOver) await ann.send(`${line}\n`.repeat(100));
+    for (const client of clients) client.close();
+  }, { printed: /^(Error while serving 127\.0\.0\.1:\d+: The stream is closed\n)?$/ });
+});
+
+programTest("store_server.ts answers redis-cli, and a person with nc", async () => {
+  await withProgram("store_server.ts", async (port) => {
+    await (await dial(port))[Symbol.asyncDispose]();
+    const redis = (...args: string[]) => runClient("redis-cli", ["-p", String(port), ...args]);
+    assertEquals(await redis("set", "greeting", "hello\nworld"), "OK\n");
+    assertEquals(await redis("get", "greeting"), "hello\nworld\n");
+    assertEquals(await redis("get", "nothing"), "\n");
+    assertMatch(await redis("del", "greeting"), /^ERR /);
+    const typed = await runClient("nc", ["-N", "127.0.0.1", String(port)], "SET a 1\r\nget a\r\n");
+    assertEquals(typed, "+OK\r\n$1\r\n1\r\n");
+  });
+});
+
+programTest("calculator_server.ts answers Python's struct", async () => {
+  const python = `
+import socket, struct, sys
+with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as server:
+    for method, a, b in [(0, 1, 2), (1, 1, 2), (2, 6, 7), (3, 1, 4)]:
+        server.sendall(struct.pack(">IBdd", 17, method, a, b))
+        length, answer = struct.unpack(">Id", server.recv(12, socket.MSG_WAITALL))
+        print(length, answer)
+`;
+  await withProgram("calculator_server.ts", async (port) => {
+    await (await dial(port))[Symbol.asyncDispose]();
+    assertEquals(await runClient("python3", ["-c", python, String(port)]), "8 3.0\n8 -1.0\n8 42.0\n8 0.25\n");
+  });
+});
+
+programTest("time_server.ts tells the seconds since 1900", async () => {
+  await withProgram("time_server.ts", async (port) => {
+    using client = new DatagramClient({ port, timeout: 200 });
+    let answer: Uint8Array | undefined;
+    for (let tries = 0; answer === undefined && tries < 100; tries++) {
+      await client.send("");
+      answer = await client.recv().catch(() => undefined); // It is not there yet.
+    }
+    assert(answer?.length === 4);
+    const seconds = new DataView(answer.buffer, answer.byteOffset).getUint32(0) - Date.UTC(1970, 0) / 1_000;
+    assert(Math.abs(seconds - 2_208_988_800 - Date.now() / 1_000) < 60, `${seconds}`);
+  }, { flags: ["--unstable-net"] });
+});
+
+programTest("tls_echo_server.ts answers openssl", async () => {
+  await withCertificates(async ({ server: { cert, key } }) => {
+    await withProgram("tls_echo_server.ts", async (port) => {
+      await (await dial(port))[Symbol.asyncDispose]();
+      await using client = Program.start("openssl", ["s_client", "-quiet", "-connect", `127.0.0.1:${port}`]);
+      await client.write("hello over TLS\n");
+      await client.printed("hello over TLS\n");
+    }, { flags: ["--allow-read"], files: { "cert.pem": cert, "key.pem": key } });
+  });
+});
