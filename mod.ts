@@ -6086,8 +6086,8 @@ async function settledWithin<T>(promise: Promise<T>, ms: number): Promise<T | un
 /** What a server shares with those of other threads; see {@linkcode WorkerPool}. */
 interface Sharing {
   readonly threads: number;
-  /** Where they all listen; the first has to find out. */
-  readonly address?: Deno.NetAddr;
+  /** What they all ask to listen on; the first has to find the port out. */
+  address?: { readonly hostname: string; readonly port: number };
 }
 
 const sharings = new WeakMap<object, Sharing>();
@@ -6625,6 +6625,8 @@ export class TcpServer extends StreamServer<Deno.NetAddr> {
     }
     const open = () => sharing === undefined ? Deno.listen(wanted) : openShared({ ...wanted, ...sharing.address });
     const listener = tryTo("listen on", wanted, open);
+    // Who may listen on a name may not do so on its address.
+    if (sharing !== undefined) sharing.address ??= wanted.port === 0 ? listener.addr : wanted;
     return this.adopt(listener, listener.addr);
   }
 }
@@ -7186,6 +7188,7 @@ export class WorkerPool implements AsyncDisposable {
   readonly #module: string;
   readonly #makeServer: MakeServer;
   readonly #size: number;
+  readonly #sharing: Sharing;
   /** This thread's part, if it is a worker. */
   readonly #member: PoolMember | undefined;
   readonly #threads = new Set<WorkerThread>();
@@ -7226,6 +7229,7 @@ export class WorkerPool implements AsyncDisposable {
     this.#module = String(module);
     this.#makeServer = makeServer;
     this.#size = workers;
+    this.#sharing = { threads: workers };
     const scope = workerScope();
     if (scope !== undefined) this.#member = new PoolMember(scope, this.#module, makeServer);
   }
@@ -7394,7 +7398,7 @@ export class WorkerPool implements AsyncDisposable {
       this.#checkOpen();
       checkReadable(this.#module);
       this.#claimModule();
-      const server = await makeSharing(this.#makeServer, 0, { threads: this.#size });
+      const server = await makeSharing(this.#makeServer, 0, this.#sharing);
       this.#checkOpen();
       const address = await server.listen();
       this.#holder = server;
@@ -7439,8 +7443,7 @@ export class WorkerPool implements AsyncDisposable {
   }
 
   #start(number: number): WorkerThread {
-    const sharing = { threads: this.#size, address: this.address };
-    const thread = new WorkerThread(this.#module, number, sharing, () => this.shutdown());
+    const thread = new WorkerThread(this.#module, number, this.#sharing, () => this.shutdown());
     this.#threads.add(thread);
     return thread;
   }
@@ -7491,10 +7494,12 @@ export class WorkerPool implements AsyncDisposable {
     const opened: Deno.Listener[] = [];
     try {
       // The pool's own port, which it may certainly open.
-      while (opened.length < threads * WORKER_DESCRIPTORS) opened.push(openShared(this.address));
+      const { hostname, port } = this.#sharing.address ?? this.address;
+      while (opened.length < threads * WORKER_DESCRIPTORS) opened.push(openShared({ hostname, port }));
       return true;
-    } catch {
-      return false;
+    } catch (error) {
+      if (acceptFailure(error) === "overload") return false;
+      throw error;
     } finally {
       opened.forEach(closeQuietly);
     }

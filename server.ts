@@ -17,6 +17,7 @@ import {
   DatagramServer,
   formatAddress,
   IncompleteReadError,
+  LimitOverrunError,
   printable,
   type ServerOptions,
   type ShutdownReport,
@@ -57,7 +58,7 @@ Usage: deno run --allow-net server.ts [options]
                          addresses and ranges with commas between, or "unix"
   --idle-timeout MS      close clients that are silent for so long (never)
   --max-lifetime MS      close clients after so long, busy or not (never)
-  --health [HOST:]PORT   answer a balancer's HTTP GET or HEAD there: 200 while
+  --health [HOST:]PORT   answer a balancer's HTTP request there: 200 while
                          clients are welcome, 503 once the server is to end
                          (no answer; HOST: 127.0.0.1)
   --drain-delay MS       accept clients for so long after SIGINT or SIGTERM, as a
@@ -403,13 +404,16 @@ function makePool(workers: string, makeOne: () => TcpServer): WorkerPool {
 
 // --- Health --------------------------------------------------------------------
 
-/** What a balancer may take of the server that answers it: it asks briefly, from one or two hosts. */
+/** What balancers may take of the server that answers them: they ask briefly, and who does not is gone in a second. */
 const HEALTH_LIMITS: ServerOptions = {
-  maxConnections: 64,
-  maxConnectionsPerHost: 16,
-  maxLifetime: 5_000,
+  maxConnections: 256,
+  maxConnectionsPerHost: 64,
+  maxLifetime: 1_000,
   limit: 8_192,
 };
+
+/** How the health can be asked for; HAProxy's `option httpchk` takes OPTIONS if it is told nothing else. */
+const HEALTH_METHODS = ["GET", "HEAD", "OPTIONS"];
 
 /** Tells balancers whether to send clients here. */
 class HealthServer extends TcpServer {
@@ -425,16 +429,29 @@ class Health extends StreamRequestHandler {
   declare readonly server: HealthServer;
 
   override async handle() {
-    const head = await this.request.readUntil("\r\n\r\n");
+    const head = await this.readHead();
     if (head === null) return; // Connected, and no more: that is a check, too.
-    const [method] = new TextDecoder().decode(head).split(" ");
-    if (method !== "GET" && method !== "HEAD") return await this.answer("405 Method Not Allowed", "GET or HEAD\n");
+    const [method = ""] = head.split(" ");
+    if (!HEALTH_METHODS.includes(method)) return await this.answer("405 Method Not Allowed", "GET or HEAD\n");
     const [status, body] = this.server.isDraining ? ["503 Service Unavailable", "draining\n"] : ["200 OK", "ok\n"];
-    await this.answer(status, method === "GET" ? body : "", body.length);
+    await this.answer(status, method === "HEAD" ? "" : body, body.length);
+  }
+
+  /** The head of the request; `null` if there is none, or none of a size that is meant. */
+  async readHead(): Promise<string | null> {
+    try {
+      const head = await this.request.readUntil("\r\n\r\n");
+      return head && new TextDecoder().decode(head);
+    } catch (error) {
+      if (error instanceof LimitOverrunError) return null;
+      throw error;
+    }
   }
 
   async answer(status: string, body: string, length = body.length) {
-    const fields = `Allow: GET, HEAD\r\nCache-Control: no-store\r\nConnection: close\r\nContent-Length: ${length}`;
+    const fields = `Allow: ${
+      HEALTH_METHODS.join(", ")
+    }\r\nCache-Control: no-store\r\nConnection: close\r\nContent-Length: ${length}`;
     await this.request.send(`HTTP/1.1 ${status}\r\n${fields}\r\n\r\n${body}`);
   }
 }

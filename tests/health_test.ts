@@ -36,7 +36,10 @@ programTest("--health answers GET and HEAD with 200, as HAProxy, curl and Kubern
   const answer = await fetch(`http://127.0.0.1:${health}/`);
   assertEquals([answer.status, await answer.text()], [200, "ok\n"]);
   assertMatch(await request(health, "HEAD / HTTP/1.1"), /^HTTP\/1\.1 200 OK\r\n[^]*Content-Length: 3\r\n\r\n$/);
-  assertMatch(await request(health, "POST / HTTP/1.1"), /^HTTP\/1\.1 405 [^]*Allow: GET, HEAD\r\n/);
+  assertMatch(await request(health, "OPTIONS * HTTP/1.0"), /^HTTP\/1\.1 200 OK\r\n[^]*\r\n\r\nok\n$/);
+  assertMatch(await request(health, "POST / HTTP/1.1"), /^HTTP\/1\.1 405 [^]*Allow: GET, HEAD, OPTIONS\r\n/);
+  assertEquals(await request(health, `GET / HTTP/1.1\r\nCookie: ${"x".repeat(10_000)}`), "");
+  assertEquals(server.stderr, "");
 });
 
 programTest("who only connects to --health, or stays silent there, keeps nobody from being answered", async () => {

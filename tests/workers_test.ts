@@ -326,6 +326,26 @@ programTest("where descriptors are short, workers are not started, or replaced w
   assertEquals((await program.ended()).code, 0);
 });
 
+programTestIn("a pool needs no permission for the address of the name that it listens on", async (folder) => {
+  const [port, mod] = [freePort(), new URL("../mod.ts", import.meta.url)];
+  const program = `
+    import { StreamRequestHandler, TcpServer, WorkerPool } from ${JSON.stringify(mod.href)};
+    class Hello extends StreamRequestHandler {
+      override handle() {
+        return this.request.send("hello\\n");
+      }
+    }
+    const makeServer = () => new TcpServer({ hostname: "localhost", port: ${port} }, Hello);
+    await new WorkerPool(import.meta.url, makeServer, { workers: 2 }).serveForever();
+  `;
+  await Deno.writeTextFile(`${folder}/main.ts`, program);
+  const permissions = [`--allow-net=localhost:${port}`, `--allow-read=${folder},${mod.pathname}`];
+  await using server = Program.start(Deno.execPath(), ["run", ...permissions, `${folder}/main.ts`]);
+  await using client = await connect({ hostname: "localhost", port, retries: Infinity, timeout: PATIENCE_MS });
+  assertEquals(await client.readLine(), "hello");
+  assertEquals(server.stderr, "");
+});
+
 programTestIn("the program of the README serves on every core, with the permissions that it names", async (folder) => {
   const readme = await Deno.readTextFile(new URL("../README.md", import.meta.url));
   const [, program = ""] = /^```ts ignore\n\/\/ hash_server\.ts\n(.*?)^```/ms.exec(readme) ?? [];
