@@ -1021,8 +1021,9 @@ const NO_PROXY_TLS: ProxyTls = {
  *
  * It is as strict as the text is: addresses and ports of version 1 have one spelling
  * (IPv6 as inet_pton(3) reads it), the vectors fill their room exactly, and a
- * checksum has to be right. A header of version 2 has 4,096 bytes at most. `LOCAL`,
- * and families and transports that are "unspecified", say nothing of addresses.
+ * checksum has to be right. A header of version 2 has 4,096 bytes at most. What
+ * comes with `LOCAL` is discarded; families and transports that are "unspecified"
+ * say nothing of addresses.
  *
  * @param bytes The first bytes of a connection; what is behind the header is not looked at.
  * @returns The header and its length in bytes; `undefined` if more bytes are needed.
@@ -1116,12 +1117,13 @@ function parseBinaryHeader(bytes: Uint8Array): { header: ProxyHeader; length: nu
     throw wrongHeader(`it announces ${length} bytes, and the most that are read are ${MAX_PROXY_HEADER_BYTES}`, "2.2");
   }
   const addressBytes = PROXY_ADDRESS_BYTES[family] ?? 0;
-  const saysNothing = command === "LOCAL" || family === PROXY_FAMILY.unspecified ||
-    transport === PROXY_TRANSPORT.unspecified;
-  if (!saysNothing && length < PROXY_FIXED_BYTES + addressBytes) {
+  const saysNothing = family === PROXY_FAMILY.unspecified || transport === PROXY_TRANSPORT.unspecified;
+  if (command === "PROXY" && !saysNothing && length < PROXY_FIXED_BYTES + addressBytes) {
     throw wrongHeader(`it announces ${length} bytes, too few for addresses of family ${family}`, "2.2");
   }
   if (bytes.length < length) return undefined;
+  // What it announces is to be discarded, whatever it is.
+  if (command === "LOCAL") return { header: { ...NO_PROXY_HEADER, command }, length };
   const whole = bytes.subarray(0, length);
   const tlvs = tlvsIn(whole.subarray(PROXY_FIXED_BYTES + addressBytes));
   if (tlvs === undefined && !saysNothing) {
@@ -1129,7 +1131,6 @@ function parseBinaryHeader(bytes: Uint8Array): { header: ProxyHeader; length: nu
   }
   // "Unspecified" addresses may have any length, so what is no vectors is taken for such.
   const hasChecksum = checkChecksum(whole, tlvs ?? []);
-  if (command === "LOCAL") return { header: { ...NO_PROXY_HEADER, command, hasChecksum }, length };
   const addresses = saysNothing ? {} : parseAddresses(whole, family, transport);
   return { header: { ...NO_PROXY_HEADER, ...addresses, ...parseTlvs(tlvs ?? []), hasChecksum }, length };
 }
@@ -5300,8 +5301,12 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   protected abstract clientAddressOf(request: Request): Deno.Addr;
   /** How many bytes `request` has moved. */
   protected abstract trafficOf(request: Request): { readonly bytesRead: number; readonly bytesWritten: number };
-  /** Ends `request` if its client has nothing under way; one that has not spoken yet, or waits for an answer, only with `isLate`. */
-  protected abstract endRequest(request: Request, isLate: boolean): void;
+  /**
+   * Ends `request` if its client has nothing under way; one that has not spoken yet,
+   * or waits for an answer, only with `isLate`. Returns whether nothing is left but
+   * to cut it off.
+   */
+  protected abstract endRequest(request: Request, isLate: boolean): boolean;
   /** Ends `request` in good order: what is buffered is sent; it rejects if that could not be. */
   protected abstract closeRequest(request: Request): Promise<void> | undefined;
   /** Ends `request` now; what its handler waits for rejects with `error`. */
@@ -5979,11 +5984,12 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
       const isBusy = control.completedReads() - reads > BUSY_READS;
       reads = control.completedReads();
       const now = performance.now();
-      for (const { request, since } of this.#active) {
+      for (const exchange of this.#active) {
+        const { request, since } = exchange;
         const isLate = now - Math.max(since, begun) >= DRAIN_FIRST_WORD_MS;
         // What it has sent before may still wait for its turn to be read.
         const isUnread = isBusy && before.get(request) === this.trafficOf(request).bytesRead;
-        if (isLate || !isUnread) this.endRequest(request, isLate);
+        if ((isLate || !isUnread) && this.endRequest(request, isLate)) this.#cut(exchange);
       }
     }, DRAIN_SETTLE_MS);
   }
@@ -6426,11 +6432,11 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
       const header = await control.readProxyHeader(request, this.handshakeTimeout);
       return header ?? this.countIncident("lost"); // A health check connects and leaves.
     } catch (error) {
-      // The deadline or the shutdown was ours.
-      const isOurs = error instanceof Deno.errors.TimedOut || error instanceof Deno.errors.BadResource;
-      if (!isOurs && request.bytesRead === 0) return this.countIncident("lost"); // Another check leaves with a reset.
+      if (error instanceof Deno.errors.BadResource) return undefined; // The server has cut it off.
+      const isLate = error instanceof Deno.errors.TimedOut;
+      if (!isLate && request.bytesRead === 0) return this.countIncident("lost"); // Another check leaves with a reset.
       this.countIncident("handshakeFailures");
-      if (!isOurs) await this.reportMisuse(error, proxy);
+      if (!isLate) void this.reportMisuse(error, proxy); // It has its place no longer than that.
       return undefined;
     }
   }
@@ -6495,13 +6501,11 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     return request;
   }
 
-  /** Ends a stream that waits for a new message, and one whose PROXY header takes too long for a shutdown. */
-  protected override endRequest(request: SocketStream, isLate: boolean): void {
-    if (!this.#awaitingHeader.has(request)) {
-      if (isLate || request.bytesRead > 0) control.endBetweenMessages(request, isLate);
-    } else if (isLate) {
-      this.cutRequest(request, new Deno.errors.BadResource("The server shuts down"));
-    }
+  /** Ends a stream that waits for a new message; a proxy that says nothing can only be cut off. */
+  protected override endRequest(request: SocketStream, isLate: boolean): boolean {
+    if (this.#awaitingHeader.has(request)) return isLate;
+    if (isLate || request.bytesRead > 0) control.endBetweenMessages(request, isLate);
+    return false;
   }
 
   /** Sends what is buffered and closes the stream; rejects if not all could be sent. */
@@ -6601,6 +6605,9 @@ export class TcpServer extends StreamServer<Deno.NetAddr> {
   constructor(address: TcpServerAddress, Handler: StreamRequestHandlerClass, options: ServerOptions = {}) {
     checkServerArguments(address, Handler);
     super(Handler, options);
+    if (options.proxyProtocol?.from.every((proxy) => proxy === UNIX_PEERS)) {
+      throw new TypeError(`The clients here have addresses: "proxyProtocol.from" must list more than "${UNIX_PEERS}"`);
+    }
     const defaults = { hostname: "127.0.0.1", port: 0, tcpBacklog: MAX_BACKLOG, reusePort: false };
     this.#wanted = resolveOptions(defaults, address);
     checkHostname(this.#wanted.hostname);
@@ -6759,19 +6766,18 @@ export class TlsServer extends TcpServer {
     try {
       await control.startTls(request, this.#handshake, left);
       return true;
-    } catch {
-      // It is the client's own trouble, and anybody on the network can be one.
-      this.countIncident("handshakeFailures");
+    } catch (error) {
+      // It is the client's own trouble, and anybody on the network can be one; but for a cut, which is the server's.
+      if (!(error instanceof Deno.errors.BadResource)) this.countIncident("handshakeFailures");
       return false;
     } finally {
       this.#handshaking.delete(request);
     }
   }
 
-  /** Ends a stream that waits for a new message, and a handshake that takes too long for a shutdown. */
-  protected override endRequest(request: SocketStream, firstWord: boolean): void {
-    if (!this.#handshaking.has(request)) super.endRequest(request, firstWord);
-    else if (firstWord) this.cutRequest(request, new Deno.errors.BadResource("The server shuts down"));
+  /** Ends a stream that waits for a new message; a handshake can only be cut off. */
+  protected override endRequest(request: SocketStream, isLate: boolean): boolean {
+    return this.#handshaking.has(request) ? isLate : super.endRequest(request, isLate);
   }
 
   #prepare(settings: TlsServerSettings): Handshake {
@@ -8120,7 +8126,9 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr> exte
   }
 
   /** A datagram has no second message to wait for. */
-  protected override endRequest(_request: Datagram, _isLate: boolean): void {}
+  protected override endRequest(_request: Datagram, _isLate: boolean): boolean {
+    return false;
+  }
 
   /** A datagram has nothing to close. */
   protected override closeRequest(_request: Datagram): Promise<void> | undefined {

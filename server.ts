@@ -614,8 +614,9 @@ async function serve(server: Server, { health, drainDelay, hasStatusLine }: Mann
   if (STATUS_SIGNAL !== undefined) listeners.set(STATUS_SIGNAL, () => reporter.asked(server, meter.read()));
   for (const [signal, listener] of listeners) Deno.addSignalListener(signal, listener);
   try {
+    const healthAddress = health?.listen(); // First: if it cannot, nothing has been made.
     reporter.listening(await server.listen());
-    if (health !== undefined) reporter.tellingHealth(health.listen());
+    if (healthAddress !== undefined) reporter.tellingHealth(healthAddress);
     using _status = hasStatusLine ? new StatusLine(server) : undefined;
     // Balancers are answered until the last client has left.
     await Promise.all([server.serveForever().finally(() => health?.close()), health?.serveForever()]);

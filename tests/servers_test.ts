@@ -50,8 +50,9 @@ class Draining extends TcpServer {
   }
 
   protected override endRequest(request: SocketStream, isLate: boolean) {
-    super.endRequest(request, isLate);
+    const isToBeCut = super.endRequest(request, isLate);
     this.#ending.resolve();
+    return isToBeCut;
   }
 }
 
