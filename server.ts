@@ -432,7 +432,9 @@ class Health extends StreamRequestHandler {
     const head = await this.readHead();
     if (head === null) return; // Connected, and no more: that is a check, too.
     const [method = ""] = head.split(" ");
-    if (!HEALTH_METHODS.includes(method)) return await this.answer("405 Method Not Allowed", "GET or HEAD\n");
+    if (!HEALTH_METHODS.includes(method)) {
+      return await this.answer("405 Method Not Allowed", `${HEALTH_METHODS.join(" or ")}\n`);
+    }
     const [status, body] = this.server.isDraining ? ["503 Service Unavailable", "draining\n"] : ["200 OK", "ok\n"];
     await this.answer(status, method === "HEAD" ? "" : body, body.length);
   }
@@ -488,7 +490,7 @@ function tellMainThread(): void {
 /** Serves until the main thread ends this one. */
 async function serveAsWorker(pool: WorkerPool): Promise<void> {
   tellMainThread();
-  await pool.serveForever();
+  await pool.serveForever().catch(() => {}); // The main thread has been told how it went.
 }
 
 /** In the main thread: does what the workers tell. */
