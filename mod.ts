@@ -7377,7 +7377,7 @@ export class WorkerPool implements AsyncDisposable {
    * ```
    */
   handleCrash({ number, error, lost, delay }: WorkerCrash): void {
-    const clients = lost === 0 ? "" : `, and about ${lost} of its clients are cut off`;
+    const clients = lost === 0 ? "" : `, and cuts off some ${lost} of its clients`;
     const next = delay === undefined ? "" : `; another takes its place in ${delay} ms`;
     printError(`Worker ${number} has crashed${clients}${next}:`, error);
   }
@@ -7686,6 +7686,9 @@ class WorkerThread {
 /** What `serveForever()` rejects with in a worker, which nobody has to catch. */
 const WORKER_IS_OVER = new DOMException("The worker is over", "AbortError");
 
+/** How many pools this thread is a worker of. */
+let members = 0;
+
 /** A worker as it sees itself: its server, and what the main thread wants of it. */
 class PoolMember {
   readonly #scope: WorkerScope;
@@ -7702,6 +7705,9 @@ class PoolMember {
   #toldStats = "";
 
   constructor(scope: WorkerScope, module: string, makeServer: MakeServer) {
+    if (members++ > 0) {
+      throw new TypeError(`Cannot make a second pool of ${module}: give each pool a module of its own`);
+    }
     const [, number, own] = WORKER_NAME.exec(scope.name) ?? [];
     if (own !== module) {
       throw new TypeError(`Cannot make a pool of ${module} in a worker of ${own}: make it in the main thread only`);

@@ -189,7 +189,7 @@ poolTest("the default prints one sentence and what the worker did not catch", as
   }
   await Promise.resolve();
   assertEquals(printed.map(([sentence]) => sentence), [
-    "Worker 2 has crashed, and about 3 of its clients are cut off; another takes its place in 200 ms:",
+    "Worker 2 has crashed, and cuts off some 3 of its clients; another takes its place in 200 ms:",
     "Worker 2 has crashed:",
   ]);
 });
