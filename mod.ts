@@ -36,6 +36,8 @@
  *    ├─ UdpServer             { hostname, port }
  *    └─ UnixDatagramServer    { path }
  *
+ * WorkerPool                  a TcpServer or a TlsServer on every core
+ *
  * BaseRequestHandler          setup() → handle() → finish()
  * ├─ StreamRequestHandler     this.request is a SocketStream
  * └─ DatagramRequestHandler   this.request is a Datagram
@@ -5138,6 +5140,8 @@ interface Exchange<Request> {
   reason: CloseReason;
   /** Its handler called shutdown(), which therefore does not wait for it. */
   awaitsShutdown: boolean;
+  /** Its header or its handshake is under way. */
+  isPreparing: boolean;
   isCut: boolean;
 }
 
@@ -5301,12 +5305,8 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   protected abstract clientAddressOf(request: Request): Deno.Addr;
   /** How many bytes `request` has moved. */
   protected abstract trafficOf(request: Request): { readonly bytesRead: number; readonly bytesWritten: number };
-  /**
-   * Ends `request` if its client has nothing under way; one that has not spoken yet,
-   * or waits for an answer, only with `isLate`. Returns whether nothing is left but
-   * to cut it off.
-   */
-  protected abstract endRequest(request: Request, isLate: boolean): boolean;
+  /** Ends `request` if its client has nothing under way; one that has not spoken yet, or waits for an answer, only with `isLate`. */
+  protected abstract endRequest(request: Request, isLate: boolean): void;
   /** Ends `request` in good order: what is buffered is sent; it rejects if that could not be. */
   protected abstract closeRequest(request: Request): Promise<void> | undefined;
   /** Ends `request` now; what its handler waits for rejects with `error`. */
@@ -5846,7 +5846,9 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   async #processWhenReady(preparing: Promise<boolean>, exchange: Exchange<Request>): Promise<void> {
+    exchange.isPreparing = true;
     const isReady = await preparing;
+    exchange.isPreparing = false;
     this.#learnClient(exchange);
     if (isReady) await this.#processPrepared(exchange);
     else exchange.reason = "handshakeFailed";
@@ -5920,6 +5922,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
       since: this.keepsContext || this.#isClosing ? performance.now() : 0,
       reason: "finished" as const,
       awaitsShutdown: false,
+      isPreparing: false,
       isCut: false,
     };
     this.#counts.accepted++;
@@ -5989,7 +5992,9 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
         const isLate = now - Math.max(since, begun) >= DRAIN_FIRST_WORD_MS;
         // What it has sent before may still wait for its turn to be read.
         const isUnread = isBusy && before.get(request) === this.trafficOf(request).bytesRead;
-        if ((isLate || !isUnread) && this.endRequest(request, isLate)) this.#cut(exchange);
+        if (exchange.isPreparing) {
+          if (isLate) this.#cut(exchange);
+        } else if (isLate || !isUnread) this.endRequest(request, isLate);
       }
     }, DRAIN_SETTLE_MS);
   }
@@ -6501,11 +6506,9 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     return request;
   }
 
-  /** Ends a stream that waits for a new message; a proxy that says nothing can only be cut off. */
-  protected override endRequest(request: SocketStream, isLate: boolean): boolean {
-    if (this.#awaitingHeader.has(request)) return isLate;
+  /** Ends a stream that waits for a new message. */
+  protected override endRequest(request: SocketStream, isLate: boolean): void {
     if (isLate || request.bytesRead > 0) control.endBetweenMessages(request, isLate);
-    return false;
   }
 
   /** Sends what is buffered and closes the stream; rejects if not all could be sent. */
@@ -6705,7 +6708,6 @@ export type TlsServerOptions = ServerOptions;
  */
 export class TlsServer extends TcpServer {
   readonly #settings: TlsServerSettings;
-  readonly #handshaking = new Set<SocketStream>();
   #handshake: Handshake | undefined;
 
   /**
@@ -6762,7 +6764,6 @@ export class TlsServer extends TcpServer {
     const preparing = super.prepareRequest(request);
     if (preparing !== undefined && !await preparing) return false;
     const left = Math.max(this.handshakeTimeout - (performance.now() - begun), 1);
-    this.#handshaking.add(request);
     try {
       await control.startTls(request, this.#handshake, left);
       return true;
@@ -6770,14 +6771,7 @@ export class TlsServer extends TcpServer {
       // It is the client's own trouble, and anybody on the network can be one; but for a cut, which is the server's.
       if (!(error instanceof Deno.errors.BadResource)) this.countIncident("handshakeFailures");
       return false;
-    } finally {
-      this.#handshaking.delete(request);
     }
-  }
-
-  /** Ends a stream that waits for a new message; a handshake can only be cut off. */
-  protected override endRequest(request: SocketStream, isLate: boolean): boolean {
-    return this.#handshaking.has(request) ? isLate : super.endRequest(request, isLate);
   }
 
   #prepare(settings: TlsServerSettings): Handshake {
@@ -8153,9 +8147,7 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr> exte
   }
 
   /** A datagram has no second message to wait for. */
-  protected override endRequest(_request: Datagram, _isLate: boolean): boolean {
-    return false;
-  }
+  protected override endRequest(_request: Datagram, _isLate: boolean): void {}
 
   /** A datagram has nothing to close. */
   protected override closeRequest(_request: Datagram): Promise<void> | undefined {

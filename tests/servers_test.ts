@@ -50,9 +50,8 @@ class Draining extends TcpServer {
   }
 
   protected override endRequest(request: SocketStream, isLate: boolean) {
-    const isToBeCut = super.endRequest(request, isLate);
+    super.endRequest(request, isLate);
     this.#ending.resolve();
-    return isToBeCut;
   }
 }
 
