@@ -6198,6 +6198,8 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   readonly #awaitingHeader = new WeakSet<SocketStream>();
   #listener: Deno.Listener | undefined;
   #accepting: Promise<Deno.Conn> | undefined;
+  /** The stream that `getRequest()` has made last. */
+  #made: SocketStream | undefined;
 
   /**
    * Keeps the options; nothing is opened and no hook is called.
@@ -6299,7 +6301,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
    */
   getRequest(conn: Deno.Conn): SocketStream {
     if (this.#options.noDelay) disableNagle(conn);
-    return new SocketStream(conn, this.#streamOptions);
+    return this.#made = new SocketStream(conn, this.#streamOptions);
   }
 
   /**
@@ -6391,9 +6393,12 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
       return request;
     } catch (error) {
       if (host !== undefined) this.#hosts.leave(host);
+      this.#made?.close(); // A hook may have thrown with it in its hands.
       closeQuietly(conn);
       void this.reportError(error, conn.remoteAddr); // Nobody else waits for this client.
       return undefined;
+    } finally {
+      this.#made = undefined;
     }
   }
 

@@ -792,6 +792,23 @@ networkTest("serveForever() behind a handleRequest() that timed out may be shut 
   await serving;
 });
 
+networkTest("the stream of a getRequest() that throws behind it is closed", async () => {
+  const made: SocketStream[] = [];
+  class Failing extends TcpServer {
+    override getRequest(conn: Deno.Conn): SocketStream {
+      made.push(super.getRequest(conn));
+      throw new TypeError("a bug in the hook");
+    }
+    override handleError() {}
+  }
+  await withServer(new Failing({ port: 0 }, Greeter), async (_server, dial) => {
+    assertEquals(await (await dial()).recv(), null);
+    const [stream] = made;
+    assert(stream !== undefined);
+    assertEquals((await rejectionOf(stream.recv())).message, "The stream is closed");
+  });
+});
+
 networkTest("a handleError() that never settles stops nobody from being accepted", async () => {
   let connections = 0;
   class Picky extends TcpServer {
