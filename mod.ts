@@ -377,8 +377,8 @@ export interface ServerOptions extends StreamOptions {
   maxConnections?: number;
   /**
    * Connections that one host may have at the same time, 1 or more; `Infinity` for
-   * no limit. One more is closed at once, before a handshake and before any hook,
-   * and counted in {@linkcode ServerStats.refused}. {@linkcode hostOf} says what
+   * no limit. One more is closed at once, before a handshake; of the hooks only
+   * `handleRefuse()` is told, and {@linkcode ServerStats.refused} counts it. {@linkcode hostOf} says what
    * one host is. Clients of a Unix socket have none, so it does not apply to them.
    * Behind a proxy it counts the clients that the PROXY headers name, and not those
    * whom they do not name, nor the proxy.
@@ -6176,8 +6176,8 @@ class HostCounts {
  * each and hands it to a handler of its own. What it adds to
  * {@linkcode BaseServer}:
  *
- * Call: `connections`. Override: `getRequest`, `handleOpen`, `handleClose`. Read:
- * `maxConnections`, `openConnections`.
+ * Call: `connections`. Override: `getRequest`, `handleOpen`, `handleClose`,
+ * `handleRefuse`. Read: `maxConnections`, `openConnections`.
  *
  * @typeParam Address The kind of address that the server has.
  */
@@ -6338,6 +6338,17 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
    */
   handleClose(_report: ConnectionReport, _clientAddress: Deno.Addr): void | Promise<void> {}
 
+  /**
+   * Is told of each connection that is closed at once, as its host has
+   * `maxConnectionsPerHost` already, or as it comes from no proxy where
+   * `proxyProtocol` serves no others; no other hook is told of it. Nothing waits for
+   * what it returns, and what it throws is printed and counted in `stats.errors`. The
+   * default does nothing; `stats.refused` counts them.
+   *
+   * @param _clientAddress Whose it was.
+   */
+  handleRefuse(_clientAddress: Deno.Addr): void | Promise<void> {}
+
   /** Makes the handler and runs its `setup()`, `handle()` and `finish()`. */
   override finishRequest(request: SocketStream, clientAddress: Deno.Addr): Promise<void> {
     return runHandler(new this.#Handler(request, clientAddress, this));
@@ -6381,7 +6392,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     const isUnwanted = !isProxy && this.#proxies?.refusesOthers === true;
     if (isUnwanted || (host !== undefined && !this.#hosts.enter(host))) {
       closeQuietly(conn);
-      return this.countIncident("refused");
+      return this.#noteRefused(conn.remoteAddr);
     }
     try {
       const request: unknown = await this.getRequest(conn);
@@ -6400,6 +6411,11 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     } finally {
       this.#made = undefined;
     }
+  }
+
+  #noteRefused(clientAddress: Deno.Addr | undefined): undefined {
+    this.countIncident("refused");
+    if (clientAddress !== undefined) this.runHook("handleRefuse", () => this.handleRefuse(clientAddress));
   }
 
   /** The host of `address`, if hosts are counted and it has one. */
@@ -6425,7 +6441,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     const host = header.source && this.#limitedHostOf(header.source);
     if (host !== undefined) {
       if (!this.#hosts.enter(host)) {
-        this.countIncident("refused");
+        this.#noteRefused(header.source);
         return false;
       }
       this.#hostOf.set(request, host);

@@ -276,28 +276,42 @@ networkTest("maxLifetime ends a client that is never silent, and counts it", asy
   });
 });
 
-networkTest("over maxConnectionsPerHost a client is closed at once, and no hook knows of it", async () => {
-  let verified = 0;
-  class Verifying extends TcpServer {
-    override verifyRequest() {
-      verified++;
-      return true;
+networkTest(
+  "over maxConnectionsPerHost a client is closed at once, and no hook but handleRefuse() knows of it",
+  async () => {
+    let verified = 0;
+    const refusals: Deno.Addr[] = [];
+    class Verifying extends TcpServer {
+      override verifyRequest() {
+        verified++;
+        return true;
+      }
+      override handleRefuse(clientAddress: Deno.Addr) {
+        refusals.push(clientAddress);
+        throw new TypeError("a bug in the hook");
+      }
     }
-  }
-  await withServer(new Verifying({ port: 0 }, Greeter, { maxConnectionsPerHost: 2 }), async (server, dial) => {
-    const [first, second] = [await dial(), await dial()];
-    for (const client of [first, second]) assertEquals(await client.readLine(), "hello");
-    for (let refused = 1; refused <= 3; refused++) {
-      assertEquals(await (await dial()).recv(), null);
-      assertEquals(server.stats.refused, refused);
-    }
-    assertEquals([server.stats.accepted, server.stats.active, verified], [2, 2, 2]);
-    first.close();
-    await until(() => server.stats.active === 1);
-    assertEquals(await (await dial()).readLine(), "hello");
-    assertEquals(server.stats.refused, 3);
-  });
-});
+    const print = console.error;
+    console.error = () => {};
+    await withServer(new Verifying({ port: 0 }, Greeter, { maxConnectionsPerHost: 2 }), async (server, dial) => {
+      const [first, second] = [await dial(), await dial()];
+      for (const client of [first, second]) assertEquals(await client.readLine(), "hello");
+      for (let refused = 1; refused <= 3; refused++) {
+        const client = await dial();
+        assertEquals(await client.recv(), null);
+        assertEquals(server.stats.refused, refused);
+        assertEquals(refusals.at(-1), client.localAddress);
+      }
+      assertEquals([server.stats.accepted, server.stats.active, verified], [2, 2, 2]);
+      first.close();
+      await until(() => server.stats.active === 1);
+      assertEquals(await (await dial()).readLine(), "hello");
+      assertEquals(server.stats.refused, 3);
+    });
+    console.error = print;
+    assertEquals(refusals.length, 3);
+  },
+);
 
 networkTest("a connection that getRequest() has failed for does not count for its host", async () => {
   class Faulty extends TcpServer {
