@@ -7531,10 +7531,13 @@ export class WorkerPool implements AsyncDisposable {
     const begun = performance.now();
     this.#stopping.abort();
     const ownGrace = this.#holder === undefined ? 0 : graceOf(this.#holder);
-    // What waits in the backlog is the workers' to serve, who have the port open, too.
-    this.#holder?.close();
-    for (const thread of this.#threads) thread.shutdown(grace);
+    const threads = [...this.#threads];
+    for (const thread of threads) thread.shutdown(grace);
     this.#loseIn((grace ?? ownGrace) + HANG_MS);
+    // What waits in the backlog is the workers' to serve, once they have the port open, too.
+    const sharing = threads.map(({ serving, ended }) => Promise.race([serving.catch(ignore), ended]));
+    await Promise.race([Promise.all(sharing), this.#patience.promise]);
+    this.#holder?.close();
     await Promise.race([this.#allEnded(), this.#patience.promise]);
     clearTimeout(this.#patienceTimer);
     const hung = [...this.#threads].map(({ number }) => number);
@@ -7806,9 +7809,10 @@ class PoolMember {
     server.signal.addEventListener("abort", () => this.#tell({ news: "stopping" }));
     this.#tell({ news: "serving" });
     const timer = setInterval(() => this.#tellStats(server.stats), STATS_INTERVAL_MS);
-    this.#stop?.(server);
+    const serving = server.serveForever(options);
+    this.#stop?.(server); // Behind that, so that what waits in the backlog is served.
     try {
-      await server.serveForever(options);
+      await serving;
     } finally {
       clearInterval(timer);
     }

@@ -405,6 +405,17 @@ poolTest("a module has one pool at a time, and may have another after it", async
   await second.shutdown();
 });
 
+programTest("a client that waits while the workers still start is served by a shutdown", async () => {
+  const mode = "worker takes its time";
+  await using program = Program.start(Deno.execPath(), ["run", "--allow-net", "--allow-read", SCRIPT, "1", mode]);
+  const [, port] = await program.printed(/^(\d+)\n[^]*preparing/);
+  await using client = await connect({ port: Number(port), timeout: PATIENCE_MS });
+  await client.send("hello\n");
+  program.kill("SIGTERM");
+  assertEquals(await client.readLine(), "1 hello ");
+  assertMatch((await program.ended()).stdout, /"finished":1,"cut":\[\]/);
+});
+
 programTest("a worker that fails before it serves ends the start with one sentence", async () => {
   const failures = [
     { mode: "worker cannot make its server", sentence: /^RangeError: Cannot start worker [12]: there is no database$/ },
