@@ -599,13 +599,13 @@ async function converse(server: Server, settings: Settings): Promise<void> {
   await using prompt = new Prompt();
   const leaving = new AbortController();
   let isAway = false;
-  let askedAt: number | undefined; // Since when an answer is missing.
+  let askedAt: number | undefined; // When the last line was sent that may still be answered.
 
   async function send(line: string) {
     if (isAway) return prompt.print("Not sent, as the server is away; the up arrow brings the line back.");
     try {
       const data = encode(line, settings);
-      askedAt ??= performance.now();
+      askedAt = performance.now();
       await server.send(data);
     } catch (error) {
       if (error instanceof SyntaxError) return prompt.print(`Not sent: ${error.message}.`);

@@ -642,7 +642,9 @@ function checkPort(port: unknown): void {
 /** Python's servers take a pair, and its handlers may be functions. */
 function checkServerArguments(address: unknown, Handler: unknown): void {
   if (typeof address !== "object" || address === null || Array.isArray(address)) {
-    throw new TypeError(`Address must be an object such as { port: 8009 }: it is ${Deno.inspect(address)}`);
+    throw new TypeError(
+      `Address must be an object such as { hostname: "127.0.0.1", port: 8009 }: it is ${Deno.inspect(address)}`,
+    );
   }
   if (typeof Handler !== "function" || typeof Handler.prototype?.handle !== "function") {
     throw new TypeError(`Handler must be a class with a method handle(): it is ${Deno.inspect(Handler)}`);

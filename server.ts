@@ -406,7 +406,18 @@ function makeServer(flags: Flags): Server {
   return workers === undefined ? makeOne() : makePool(workers, makeOne);
 }
 
+function isReadable(path: URL): boolean {
+  return Deno.permissions.querySync({ name: "read", path }).state === "granted";
+}
+
+/** What each worker loads. */
+const WORKER_FILES = ["server.ts", "mod.ts", "deps.ts"].map((file) => new URL(file, import.meta.url));
+
 function makePool(workers: string, makeOne: () => TcpServer): WorkerPool {
+  if (WORKER_FILES.some((path) => path.protocol === "file:" && !isReadable(path))) {
+    const files = WORKER_FILES.map(({ pathname }) => pathname).join(",");
+    throw new Deno.errors.NotCapable(`--workers: permission is missing; run again with --allow-read=${files}`);
+  }
   if (workers === "auto") return new WorkerPool(import.meta.url, makeOne);
   return new WorkerPool(import.meta.url, makeOne, { workers: wholeNumber("--workers", workers, 1, MAX_WORKERS) });
 }

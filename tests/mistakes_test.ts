@@ -92,7 +92,7 @@ const MISTAKES: [string, () => unknown, Kind, string][] = [
     "Python's pair for an address",
     withAddress(untyped('["127.0.0.1", 8009]')),
     TypeError,
-    'Address must be an object such as { port: 8009 }: it is [ "127.0.0.1", 8009 ]',
+    'Address must be an object such as { hostname: "127.0.0.1", port: 8009 }: it is [ "127.0.0.1", 8009 ]',
   ],
   [
     "a port out of range",

@@ -74,8 +74,10 @@ programTest("each program of the README has fewer than 30 lines, and the right t
     assert(lines < 30, `${name} has ${lines} lines`);
     await Deno.writeTextFile(`${folder}/${name}`, program);
   }
-  await Deno.copyFile(new URL("../mod.ts", import.meta.url), `${folder}/mod.ts`);
-  await using check = Program.start(Deno.execPath(), ["check", "--no-config", ...names], { cwd: folder });
+  for (const file of ["mod.ts", "deno.json"]) {
+    await Deno.copyFile(new URL(`../${file}`, import.meta.url), `${folder}/${file}`);
+  }
+  await using check = Program.start(Deno.execPath(), ["check", ...names], { cwd: folder });
   const { code, stderr } = await check.ended();
   await Deno.remove(folder, { recursive: true });
   assertEquals(code, 0, stderr);
@@ -125,6 +127,9 @@ programTest("store_server.ts answers redis-cli, and a person with nc", async () 
     assertEquals(await redis("get", "greeting"), "hello\nworld\n");
     assertEquals(await redis("get", "nothing"), "\n");
     assertMatch(await redis("del", "greeting"), /^ERR /);
+    // Every word of a command is read, or the rest would be taken for the next one.
+    const several = await runClient("redis-cli", ["-p", String(port)], "set b two words more\nget b\nget b\n");
+    assertEquals(several, "OK\ntwo\ntwo\n");
     const typed = await runClient("nc", ["-N", "127.0.0.1", String(port)], "SET a 1\r\nget a\r\n");
     assertEquals(typed, "+OK\r\n$1\r\n1\r\n");
   });

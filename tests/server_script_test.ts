@@ -578,9 +578,10 @@ programTest("server.ts --workers counts what all of them have done, and names th
   const args = ["--port", "0", "--workers", "2"];
   const permissions = ["--allow-net=127.0.0.1"];
   const refused = await runScript("server.ts", args, { permissions });
-  assertFailed(refused, 1, /Cannot start workers: .*--allow-read=\S*\/server\.ts\n$/);
+  const flag = `--allow-read=${FILES}`;
+  assertFailed(refused, 1, new RegExp(`^server\\.ts: --workers: permission is missing; run again with ${flag}\n$`));
 
-  await using server = startScript("server.ts", args, { permissions: [...permissions, `--allow-read=${FILES}`] });
+  await using server = startScript("server.ts", args, { permissions: [...permissions, flag] });
   const port = await portOf(server);
   for (let count = 0; count < 10; count++) {
     using peer = await Peer.connect(port);
