@@ -715,17 +715,22 @@ for (const size of [Infinity, 100, 1]) {
   });
 }
 
-tlsTest("the first bytes of TLS behind a long header in the same segment are not lost", async (certificates) => {
-  await servingTls(certificates, async (_server, port) => {
-    const short = encodeProxyHeader({ source: CLIENT, destination: FRONT });
-    for (const length of [631, 1_024, 4_096]) {
-      await using relay = startRelay(port, padded(short, length), Infinity);
-      const stream = await connect({ port: relay.port, tls: { caCerts: [certificates.ca.cert] } });
-      assertEquals(await stream.readLine(), "203.0.113.7:50000 TLSv1.3 0", `${length} bytes`);
-      await stream[Symbol.asyncDispose]();
-    }
-  });
-});
+tlsTest(
+  "more first bytes of TLS than fit a read, behind a header in the same segment, are not lost",
+  async (certificates) => {
+    await servingTls(certificates, async (_server, port) => {
+      const short = encodeProxyHeader({ source: CLIENT, destination: FRONT });
+      // More than the first room for TLS, which has 512 bytes.
+      const alpnProtocols = Array.from({ length: 8 }, (_, index) => String(index).repeat(100));
+      for (const length of [28 + 3, 631, 1_024, 4_096]) {
+        await using relay = startRelay(port, padded(short, length), Infinity);
+        const stream = await connect({ port: relay.port, tls: { caCerts: [certificates.ca.cert], alpnProtocols } });
+        assertEquals(await stream.readLine(), "203.0.113.7:50000 TLSv1.3 0", `${length} bytes`);
+        await stream[Symbol.asyncDispose]();
+      }
+    });
+  },
+);
 
 tlsTest("handshakeTimeout is that of the header and the handshake together", async (certificates) => {
   await servingTls(certificates, async (server, port) => {

@@ -511,36 +511,29 @@ poolTest("a module has one pool at a time, and may have another after it", async
   await second.shutdown();
 });
 
-programTest("a worker that fails before it serves ends the start with one sentence", async () => {
-  const failures = [
-    { mode: "worker cannot make its server", sentence: /^RangeError: Cannot start worker [12]: there is no database$/ },
-    {
-      mode: "module is missing",
-      sentence: /^TypeError: Cannot start worker [12]: Module not found "file:.*missing\.ts"/,
-    },
-  ];
-  for (const { mode, sentence } of failures) {
-    await using program = Program.start(Deno.execPath(), ["run", "--allow-net", "--allow-read", SCRIPT, "2", mode]);
-    const { code, stdout } = await program.ended();
-    assertEquals(code, 1);
-    assertMatch(stdout.split("\n")[1] ?? "", sentence);
-  }
-});
-
-programTestIn("a start that has failed closes the pool, and frees its port and its module", async (folder) => {
-  // A module that is not there: what a module throws the runtime prints itself.
-  const module = new URL(`file://${folder}/missing.ts`).href;
-  const make = () => new TcpServer({ port: 0 }, Unused);
-  const pool = new WorkerPool(module, make, { workers: 2 });
-  const { port } = await pool.listen();
-  assertMatch((await rejectionOf(pool.serveForever())).message, /^Cannot start worker [12]: /);
-  await pool.serveForever(); // It is closed, so that is over at once.
-  assertEquals(pool.activeWorkers, 0);
-  Deno.listen({ port }).close();
-  const next = new WorkerPool(module, make, { workers: 2 });
-  await next.listen();
-  await next.shutdown();
-});
+programTest(
+  "a worker that fails before it serves ends the start with one sentence, and the pool is closed",
+  async () => {
+    const failures = [
+      {
+        mode: "worker cannot make its server",
+        sentence: /^RangeError: Cannot start worker [12]: there is no database$/,
+      },
+      {
+        mode: "module is missing",
+        sentence: /^TypeError: Cannot start worker [12]: Module not found "file:.*missing\.ts"/,
+      },
+    ];
+    for (const { mode, sentence } of failures) {
+      await using program = Program.start(Deno.execPath(), ["run", "--allow-net", "--allow-read", SCRIPT, "2", mode]);
+      const { code, stdout } = await program.ended();
+      assertEquals(code, 1);
+      const [, told = "", afterwards] = stdout.split("\n");
+      assertMatch(told, sentence);
+      assertEquals(afterwards, "closed, with 0 workers and a free port");
+    }
+  },
+);
 
 programTest("a worker that may not read what its module imports names the flag", async () => {
   const permissions = ["--allow-net", `--allow-read=${SCRIPT}`];
