@@ -391,6 +391,31 @@ poolTest("close() ends a shutdown that would wait for ever for a handler that st
   stream.close();
 });
 
+poolTest("close() gives a worker up after 5 s, also in a shutdown that would wait for ever", async () => {
+  const { pool, port, served } = await startPool(1);
+  const { stream } = await dial(port);
+  await stream.send("stall\n");
+  const ended = pool.shutdown({ grace: Infinity });
+  const { setTimeout } = globalThis;
+  const waits: number[] = [];
+  const passed = (callback: () => void, ms = 0) => {
+    waits.push(ms);
+    callback(); // Before the worker can answer.
+    return setTimeout(() => {}, 0);
+  };
+  globalThis.setTimeout = Object.assign(passed, setTimeout);
+  try {
+    pool.close();
+  } finally {
+    globalThis.setTimeout = setTimeout;
+  }
+  assertEquals((await ended).hung, [1]);
+  assertEquals(waits, [5_000]);
+  await served;
+  assertEquals(await stream.readLine().catch(() => null), null);
+  stream.close();
+});
+
 programTest("a worker that computes without end is given up after the grace, and named", async () => {
   await using program = Program.start(Deno.execPath(), ["run", "--allow-net", "--allow-read", SCRIPT, "2"]);
   const port = Number(await program.printed(/^\d+\n/));
