@@ -36,6 +36,8 @@
  *    ├─ UdpServer             { hostname, port }
  *    └─ UnixDatagramServer    { path }
  *
+ * WorkerPool                  a TcpServer or a TlsServer on every core
+ *
  * BaseRequestHandler          setup() → handle() → finish()
  * ├─ StreamRequestHandler     this.request is a SocketStream
  * └─ DatagramRequestHandler   this.request is a Datagram
@@ -375,8 +377,8 @@ export interface ServerOptions extends StreamOptions {
   maxConnections?: number;
   /**
    * Connections that one host may have at the same time, 1 or more; `Infinity` for
-   * no limit. One more is closed at once, before a handshake and before any hook,
-   * and counted in {@linkcode ServerStats.refused}. {@linkcode hostOf} says what
+   * no limit. One more is closed at once, before a handshake; of the hooks only
+   * `handleRefuse()` is told, and {@linkcode ServerStats.refused} counts it. {@linkcode hostOf} says what
    * one host is. Clients of a Unix socket have none, so it does not apply to them.
    * Behind a proxy it counts the clients that the PROXY headers name, and not those
    * whom they do not name, nor the proxy.
@@ -5138,6 +5140,8 @@ interface Exchange<Request> {
   reason: CloseReason;
   /** Its handler called shutdown(), which therefore does not wait for it. */
   awaitsShutdown: boolean;
+  /** Its header or its handshake is under way. */
+  isPreparing: boolean;
   isCut: boolean;
 }
 
@@ -5301,12 +5305,8 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   protected abstract clientAddressOf(request: Request): Deno.Addr;
   /** How many bytes `request` has moved. */
   protected abstract trafficOf(request: Request): { readonly bytesRead: number; readonly bytesWritten: number };
-  /**
-   * Ends `request` if its client has nothing under way; one that has not spoken yet,
-   * or waits for an answer, only with `isLate`. Returns whether nothing is left but
-   * to cut it off.
-   */
-  protected abstract endRequest(request: Request, isLate: boolean): boolean;
+  /** Ends `request` if its client has nothing under way; one that has not spoken yet, or waits for an answer, only with `isLate`. */
+  protected abstract endRequest(request: Request, isLate: boolean): void;
   /** Ends `request` in good order: what is buffered is sent; it rejects if that could not be. */
   protected abstract closeRequest(request: Request): Promise<void> | undefined;
   /** Ends `request` now; what its handler waits for rejects with `error`. */
@@ -5846,7 +5846,9 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
   }
 
   async #processWhenReady(preparing: Promise<boolean>, exchange: Exchange<Request>): Promise<void> {
+    exchange.isPreparing = true;
     const isReady = await preparing;
+    exchange.isPreparing = false;
     this.#learnClient(exchange);
     if (isReady) await this.#processPrepared(exchange);
     else exchange.reason = "handshakeFailed";
@@ -5920,6 +5922,7 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
       since: this.keepsContext || this.#isClosing ? performance.now() : 0,
       reason: "finished" as const,
       awaitsShutdown: false,
+      isPreparing: false,
       isCut: false,
     };
     this.#counts.accepted++;
@@ -5989,7 +5992,9 @@ export abstract class BaseServer<Request, Address extends Deno.Addr = Deno.Addr>
         const isLate = now - Math.max(since, begun) >= DRAIN_FIRST_WORD_MS;
         // What it has sent before may still wait for its turn to be read.
         const isUnread = isBusy && before.get(request) === this.trafficOf(request).bytesRead;
-        if ((isLate || !isUnread) && this.endRequest(request, isLate)) this.#cut(exchange);
+        if (exchange.isPreparing) {
+          if (isLate) this.#cut(exchange);
+        } else if (isLate || !isUnread) this.endRequest(request, isLate);
       }
     }, DRAIN_SETTLE_MS);
   }
@@ -6171,8 +6176,8 @@ class HostCounts {
  * each and hands it to a handler of its own. What it adds to
  * {@linkcode BaseServer}:
  *
- * Call: `connections`. Override: `getRequest`, `handleOpen`, `handleClose`. Read:
- * `maxConnections`, `openConnections`.
+ * Call: `connections`. Override: `getRequest`, `handleOpen`, `handleClose`,
+ * `handleRefuse`. Read: `maxConnections`, `openConnections`.
  *
  * @typeParam Address The kind of address that the server has.
  */
@@ -6193,6 +6198,8 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
   readonly #awaitingHeader = new WeakSet<SocketStream>();
   #listener: Deno.Listener | undefined;
   #accepting: Promise<Deno.Conn> | undefined;
+  /** The stream that `getRequest()` has made last. */
+  #made: SocketStream | undefined;
 
   /**
    * Keeps the options; nothing is opened and no hook is called.
@@ -6294,7 +6301,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
    */
   getRequest(conn: Deno.Conn): SocketStream {
     if (this.#options.noDelay) disableNagle(conn);
-    return new SocketStream(conn, this.#streamOptions);
+    return this.#made = new SocketStream(conn, this.#streamOptions);
   }
 
   /**
@@ -6330,6 +6337,17 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
    * ```
    */
   handleClose(_report: ConnectionReport, _clientAddress: Deno.Addr): void | Promise<void> {}
+
+  /**
+   * Is told of each connection that is closed at once, as its host has
+   * `maxConnectionsPerHost` already, or as it comes from no proxy where
+   * `proxyProtocol` serves no others; no other hook is told of it. Nothing waits for
+   * what it returns, and what it throws is printed and counted in `stats.errors`. The
+   * default does nothing; `stats.refused` counts them.
+   *
+   * @param _clientAddress Whose it was.
+   */
+  handleRefuse(_clientAddress: Deno.Addr): void | Promise<void> {}
 
   /** Makes the handler and runs its `setup()`, `handle()` and `finish()`. */
   override finishRequest(request: SocketStream, clientAddress: Deno.Addr): Promise<void> {
@@ -6374,7 +6392,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     const isUnwanted = !isProxy && this.#proxies?.refusesOthers === true;
     if (isUnwanted || (host !== undefined && !this.#hosts.enter(host))) {
       closeQuietly(conn);
-      return this.countIncident("refused");
+      return this.#noteRefused(conn.remoteAddr);
     }
     try {
       const request: unknown = await this.getRequest(conn);
@@ -6386,10 +6404,18 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
       return request;
     } catch (error) {
       if (host !== undefined) this.#hosts.leave(host);
+      this.#made?.close(); // A hook may have thrown with it in its hands.
       closeQuietly(conn);
       void this.reportError(error, conn.remoteAddr); // Nobody else waits for this client.
       return undefined;
+    } finally {
+      this.#made = undefined;
     }
+  }
+
+  #noteRefused(clientAddress: Deno.Addr | undefined): undefined {
+    this.countIncident("refused");
+    if (clientAddress !== undefined) this.runHook("handleRefuse", () => this.handleRefuse(clientAddress));
   }
 
   /** The host of `address`, if hosts are counted and it has one. */
@@ -6415,7 +6441,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     const host = header.source && this.#limitedHostOf(header.source);
     if (host !== undefined) {
       if (!this.#hosts.enter(host)) {
-        this.countIncident("refused");
+        this.#noteRefused(header.source);
         return false;
       }
       this.#hostOf.set(request, host);
@@ -6501,11 +6527,9 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr> extend
     return request;
   }
 
-  /** Ends a stream that waits for a new message; a proxy that says nothing can only be cut off. */
-  protected override endRequest(request: SocketStream, isLate: boolean): boolean {
-    if (this.#awaitingHeader.has(request)) return isLate;
+  /** Ends a stream that waits for a new message. */
+  protected override endRequest(request: SocketStream, isLate: boolean): void {
     if (isLate || request.bytesRead > 0) control.endBetweenMessages(request, isLate);
-    return false;
   }
 
   /** Sends what is buffered and closes the stream; rejects if not all could be sent. */
@@ -6705,7 +6729,6 @@ export type TlsServerOptions = ServerOptions;
  */
 export class TlsServer extends TcpServer {
   readonly #settings: TlsServerSettings;
-  readonly #handshaking = new Set<SocketStream>();
   #handshake: Handshake | undefined;
 
   /**
@@ -6762,7 +6785,6 @@ export class TlsServer extends TcpServer {
     const preparing = super.prepareRequest(request);
     if (preparing !== undefined && !await preparing) return false;
     const left = Math.max(this.handshakeTimeout - (performance.now() - begun), 1);
-    this.#handshaking.add(request);
     try {
       await control.startTls(request, this.#handshake, left);
       return true;
@@ -6770,14 +6792,7 @@ export class TlsServer extends TcpServer {
       // It is the client's own trouble, and anybody on the network can be one; but for a cut, which is the server's.
       if (!(error instanceof Deno.errors.BadResource)) this.countIncident("handshakeFailures");
       return false;
-    } finally {
-      this.#handshaking.delete(request);
     }
-  }
-
-  /** Ends a stream that waits for a new message; a handshake can only be cut off. */
-  protected override endRequest(request: SocketStream, isLate: boolean): boolean {
-    return this.#handshaking.has(request) ? isLate : super.endRequest(request, isLate);
   }
 
   #prepare(settings: TlsServerSettings): Handshake {
@@ -7377,7 +7392,7 @@ export class WorkerPool implements AsyncDisposable {
    * ```
    */
   handleCrash({ number, error, lost, delay }: WorkerCrash): void {
-    const clients = lost === 0 ? "" : `, and about ${lost} of its clients are cut off`;
+    const clients = lost === 0 ? "" : `, and cuts off some ${lost} of its clients`;
     const next = delay === undefined ? "" : `; another takes its place in ${delay} ms`;
     printError(`Worker ${number} has crashed${clients}${next}:`, error);
   }
@@ -7516,10 +7531,13 @@ export class WorkerPool implements AsyncDisposable {
     const begun = performance.now();
     this.#stopping.abort();
     const ownGrace = this.#holder === undefined ? 0 : graceOf(this.#holder);
-    // What waits in the backlog is the workers' to serve, who have the port open, too.
-    this.#holder?.close();
-    for (const thread of this.#threads) thread.shutdown(grace);
+    const threads = [...this.#threads];
+    for (const thread of threads) thread.shutdown(grace);
     this.#loseIn((grace ?? ownGrace) + HANG_MS);
+    // What waits in the backlog is the workers' to serve, once they have the port open, too.
+    const sharing = threads.map(({ serving, ended }) => Promise.race([serving.catch(ignore), ended]));
+    await Promise.race([Promise.all(sharing), this.#patience.promise]);
+    this.#holder?.close();
     await Promise.race([this.#allEnded(), this.#patience.promise]);
     clearTimeout(this.#patienceTimer);
     const hung = [...this.#threads].map(({ number }) => number);
@@ -7686,6 +7704,9 @@ class WorkerThread {
 /** What `serveForever()` rejects with in a worker, which nobody has to catch. */
 const WORKER_IS_OVER = new DOMException("The worker is over", "AbortError");
 
+/** How many pools this thread is a worker of. */
+let members = 0;
+
 /** A worker as it sees itself: its server, and what the main thread wants of it. */
 class PoolMember {
   readonly #scope: WorkerScope;
@@ -7702,6 +7723,9 @@ class PoolMember {
   #toldStats = "";
 
   constructor(scope: WorkerScope, module: string, makeServer: MakeServer) {
+    if (members++ > 0) {
+      throw new TypeError(`Cannot make a second pool of ${module}: give each pool a module of its own`);
+    }
     const [, number, own] = WORKER_NAME.exec(scope.name) ?? [];
     if (own !== module) {
       throw new TypeError(`Cannot make a pool of ${module} in a worker of ${own}: make it in the main thread only`);
@@ -7785,9 +7809,10 @@ class PoolMember {
     server.signal.addEventListener("abort", () => this.#tell({ news: "stopping" }));
     this.#tell({ news: "serving" });
     const timer = setInterval(() => this.#tellStats(server.stats), STATS_INTERVAL_MS);
-    this.#stop?.(server);
+    const serving = server.serveForever(options);
+    this.#stop?.(server); // Behind that, so that what waits in the backlog is served.
     try {
-      await server.serveForever(options);
+      await serving;
     } finally {
       clearInterval(timer);
     }
@@ -8147,9 +8172,7 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr> exte
   }
 
   /** A datagram has no second message to wait for. */
-  protected override endRequest(_request: Datagram, _isLate: boolean): boolean {
-    return false;
-  }
+  protected override endRequest(_request: Datagram, _isLate: boolean): void {}
 
   /** A datagram has nothing to close. */
   protected override closeRequest(_request: Datagram): Promise<void> | undefined {

@@ -78,7 +78,8 @@ With --json each line is an object with "time" (ISO 8601) and "event", which is
   health      address
   opened      client
   closed      client, reason, duration, bytesRead, bytesWritten
-  datagram    client, bytesRead (with --udp, in place of the two above)
+  refused     client: its host has as many as it may, or it is no proxy
+  datagram    client, bytesRead (with --udp, in place of the three above)
   error       client, name, message; also if the client has merely vanished
   overload    message: descriptors or memory have run out
   status      upon SIGUSR2: messagesPerSecond, bytesReadPerSecond,
@@ -152,6 +153,7 @@ interface Reporter {
   tellingHealth(address: Deno.Addr): void;
   opened(client: Deno.Addr): void;
   closed(client: Deno.Addr, report: ConnectionReport): void;
+  refused(client: Deno.Addr): void;
   received(datagram: Datagram): void;
   failed(error: unknown, client: Deno.Addr): void;
   overloaded(error: unknown): void;
@@ -180,6 +182,8 @@ class TextReporter implements Reporter {
   }
 
   closed(): void {}
+
+  refused(): void {}
 
   received({ clientAddress }: Datagram): void {
     this.#log("...datagram from: %c%s", ADDRESS_STYLE, formatAddress(clientAddress));
@@ -244,6 +248,10 @@ class JsonReporter implements Reporter {
     });
   }
 
+  refused(client: Deno.Addr): void {
+    this.#print("refused", { client: formatAddress(client) });
+  }
+
   received({ clientAddress, bytesRead }: Datagram): void {
     this.#print("datagram", { client: formatAddress(clientAddress), bytesRead });
   }
@@ -292,6 +300,7 @@ function observed<Observed extends StreamServer | DatagramServer>(server: Observ
   if (!(server instanceof DatagramServer)) {
     server.handleOpen = (_request, client) => reporter.opened(client);
     server.handleClose = (report, client) => reporter.closed(client, report);
+    server.handleRefuse = (client) => reporter.refused(client);
   }
   if (reporter instanceof TextReporter) return server; // The library prints errors by itself, with their stack.
   server.handleError = (error, client) => reporter.failed(error, client);

@@ -73,8 +73,12 @@ export function makePool(options: WorkerPoolOptions = {}, make: MakeServer = mak
 /** As a program: `pool_server.ts [WORKERS] [FAILURE]` prints its port, and after SIGTERM its report; it waits 100 ms for handlers. */
 async function main([workers = "2", failure = ""]: string[]): Promise<void> {
   const module = failure === "module is missing" ? import.meta.resolve("./missing.ts") : import.meta.url;
-  const make = (number: number) => {
+  const make = async (number: number) => {
     if (number > 0 && failure === "worker cannot make its server") throw new RangeError("there is no database");
+    if (number > 0 && failure === "worker takes its time") {
+      console.log("preparing");
+      await new Promise((resolve) => setTimeout(resolve, 300));
+    }
     return makeServer(number);
   };
   const pool = new WorkerPool(module, make, { workers: Number(workers) });

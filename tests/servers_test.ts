@@ -66,9 +66,8 @@ class Draining extends TcpServer {
   }
 
   protected override endRequest(request: SocketStream, isLate: boolean) {
-    const isToBeCut = super.endRequest(request, isLate);
+    super.endRequest(request, isLate);
     this.#ending.resolve();
-    return isToBeCut;
   }
 }
 
@@ -293,28 +292,42 @@ networkTest("maxLifetime ends a client that is never silent, and counts it", asy
   });
 });
 
-networkTest("over maxConnectionsPerHost a client is closed at once, and no hook knows of it", async () => {
-  let verified = 0;
-  class Verifying extends TcpServer {
-    override verifyRequest() {
-      verified++;
-      return true;
+networkTest(
+  "over maxConnectionsPerHost a client is closed at once, and no hook but handleRefuse() knows of it",
+  async () => {
+    let verified = 0;
+    const refusals: Deno.Addr[] = [];
+    class Verifying extends TcpServer {
+      override verifyRequest() {
+        verified++;
+        return true;
+      }
+      override handleRefuse(clientAddress: Deno.Addr) {
+        refusals.push(clientAddress);
+        throw new TypeError("a bug in the hook");
+      }
     }
-  }
-  await withServer(new Verifying({ port: 0 }, Greeter, { maxConnectionsPerHost: 2 }), async (server, dial) => {
-    const [first, second] = [await dial(), await dial()];
-    for (const client of [first, second]) assertEquals(await client.readLine(), "hello");
-    for (let refused = 1; refused <= 3; refused++) {
-      assertEquals(await (await dial()).recv(), null);
-      assertEquals(server.stats.refused, refused);
-    }
-    assertEquals([server.stats.accepted, server.stats.active, verified], [2, 2, 2]);
-    first.close();
-    await until(() => server.stats.active === 1);
-    assertEquals(await (await dial()).readLine(), "hello");
-    assertEquals(server.stats.refused, 3);
-  });
-});
+    const print = console.error;
+    console.error = () => {};
+    await withServer(new Verifying({ port: 0 }, Greeter, { maxConnectionsPerHost: 2 }), async (server, dial) => {
+      const [first, second] = [await dial(), await dial()];
+      for (const client of [first, second]) assertEquals(await client.readLine(), "hello");
+      for (let refused = 1; refused <= 3; refused++) {
+        const client = await dial();
+        assertEquals(await client.recv(), null);
+        assertEquals(server.stats.refused, refused);
+        assertEquals(refusals.at(-1), client.localAddress);
+      }
+      assertEquals([server.stats.accepted, server.stats.active, verified], [2, 2, 2]);
+      first.close();
+      await until(() => server.stats.active === 1);
+      assertEquals(await (await dial()).readLine(), "hello");
+      assertEquals(server.stats.refused, 3);
+    });
+    console.error = print;
+    assertEquals(refusals.length, 3);
+  },
+);
 
 networkTest("a connection that getRequest() has failed for does not count for its host", async () => {
   class Faulty extends TcpServer {
@@ -856,6 +869,23 @@ networkTest("serveForever() behind a handleRequest() that timed out may be shut 
   const serving = server.serveForever();
   await server.shutdown();
   await serving;
+});
+
+networkTest("the stream of a getRequest() that throws behind it is closed", async () => {
+  const made: SocketStream[] = [];
+  class Failing extends TcpServer {
+    override getRequest(conn: Deno.Conn): SocketStream {
+      made.push(super.getRequest(conn));
+      throw new TypeError("a bug in the hook");
+    }
+    override handleError() {}
+  }
+  await withServer(new Failing({ port: 0 }, Greeter), async (_server, dial) => {
+    assertEquals(await (await dial()).recv(), null);
+    const [stream] = made;
+    assert(stream !== undefined);
+    assertEquals((await rejectionOf(stream.recv())).message, "The stream is closed");
+  });
 });
 
 networkTest("a handleError() that never settles stops nobody from being accepted", async () => {

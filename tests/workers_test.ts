@@ -281,7 +281,7 @@ poolTest("the default prints one sentence and what the worker did not catch", as
   }
   await Promise.resolve();
   assertEquals(printed.map(([sentence]) => sentence), [
-    "Worker 2 has crashed, and about 3 of its clients are cut off; another takes its place in 200 ms:",
+    "Worker 2 has crashed, and cuts off some 3 of its clients; another takes its place in 200 ms:",
     "Worker 2 has crashed:",
   ]);
 });
@@ -534,6 +534,17 @@ poolTest("a module has one pool at a time, and may have another after it", async
   await first.shutdown();
   await second.listen();
   await second.shutdown();
+});
+
+programTest("a client that waits while the workers still start is served by a shutdown", async () => {
+  const mode = "worker takes its time";
+  await using program = Program.start(Deno.execPath(), ["run", "--allow-net", "--allow-read", SCRIPT, "1", mode]);
+  const [, port] = await program.printed(/^(\d+)\n[^]*preparing/);
+  await using client = await connect({ port: Number(port), timeout: PATIENCE_MS });
+  await client.send("hello\n");
+  program.kill("SIGTERM");
+  assertEquals(await client.readLine(), "1 hello ");
+  assertMatch((await program.ended()).stdout, /"finished":1,"cut":\[\]/);
 });
 
 programTest(
