@@ -1,5 +1,6 @@
 import { assert, assertEquals, assertMatch } from "../deps.ts";
 import { type AcceptFailure, acceptFailure, connect, StreamServer, TcpServer } from "../mod.ts";
+import { FakeTcpConn } from "./fake_conn.ts";
 import { Echo, FakeListener, programTest, rejectionOf, until } from "./testing.ts";
 
 function systemError(code: string): Error {
@@ -11,6 +12,7 @@ const FAILURES: [Error, AcceptFailure][] = [
   [new Deno.errors.Interrupted("operation canceled"), "closed"],
   [Object.assign(new Deno.errors.NotConnected("gone"), { code: "ENOTCONN" }), "peer"],
   [systemError("ECONNABORTED"), "peer"],
+  [systemError("EPERM"), "peer"],
   [systemError("ECONNRESET"), "peer"],
   [systemError("ENOTSUP"), "peer"],
   [systemError("ETIMEDOUT"), "peer"],
@@ -108,6 +110,37 @@ Deno.test("an exhaustion 5 s after the last one is reported again, and a sooner 
   }
   assertEquals(server.stats.overloads, 2);
   await server.shutdown();
+  await serving;
+});
+
+/** Runs `action`, in which timers fire at once; returns the milliseconds that they were set to. */
+async function withoutWaiting(action: () => Promise<void>): Promise<number[]> {
+  const set: number[] = [];
+  const { setTimeout } = globalThis;
+  const hurried = (callback: () => void, ms = 0) => {
+    set.push(ms);
+    return setTimeout(callback, 0);
+  };
+  globalThis.setTimeout = Object.assign(hurried, setTimeout);
+  try {
+    await action();
+  } finally {
+    globalThis.setTimeout = setTimeout;
+  }
+  return set;
+}
+
+Deno.test("an exhaustion is waited out for twice the time each, up to 1 s, and from the beginning after a success", async () => {
+  const exhausted = Array(10).fill(systemError("EMFILE"));
+  const listener = new FakeListener([...exhausted, new FakeTcpConn(), ...exhausted.slice(0, 2)]);
+  const server = new FakeServer(listener);
+  let serving: Promise<void> | undefined;
+  const waits = await withoutWaiting(async () => {
+    serving = server.serveForever();
+    await listener.drained;
+  });
+  assertEquals(waits, [5, 10, 20, 40, 80, 160, 320, 640, 1_000, 1_000, 5, 10]);
+  server.close();
   await serving;
 });
 

@@ -63,6 +63,7 @@ const hosts: [string, string][] = [
   ["1::3:4:5:6", "1::/64"],
   ["1::2:3:4:5:6", "1:0:0:2::/64"],
   ["fe80::1%eth0", "fe80::/64"],
+  ["::ffff:192.0.2.1%eth0", "192.0.2.1"],
 ];
 
 for (const [hostname, host] of hosts) {

@@ -1,6 +1,6 @@
 import { assert, assertEquals, assertMatch, assertRejects } from "../deps.ts";
 import { connect, TcpServer, UnixServer } from "../mod.ts";
-import { Echo, networkTest, rejectionOf, unixTest } from "./testing.ts";
+import { countListeners, Echo, networkTest, rejectionOf, unixTest } from "./testing.ts";
 
 /** A port that nobody listens on. */
 function freePort(): number {
@@ -67,6 +67,18 @@ networkTest("connect() says after how many tries it gave up", async () => {
   const error = await rejectionOf(connect({ port: freePort(), retries: 2 }));
   assertMatch(error.message, /^Cannot connect to 127\.0\.0\.1:\d+ after 3 tries: nobody listens there/);
 });
+
+networkTest(
+  "connect() leaves no listener on its signal, neither of its dials nor of the waits between them",
+  async () => {
+    const { signal } = new AbortController();
+    const listeners = countListeners(signal);
+    const dialing = connect({ port: freePort(), retries: 2, signal });
+    assertEquals(listeners(), 1);
+    await rejectionOf(dialing);
+    assertEquals(listeners(), 0);
+  },
+);
 
 networkTest("connect() tries again until the server is there", async () => {
   const port = freePort();

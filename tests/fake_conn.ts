@@ -266,6 +266,32 @@ export class FakeConn implements StreamConn {
   }
 }
 
+/** One that a listener can hand to a server. */
+export class FakeTcpConn extends FakeConn implements Deno.TcpConn {
+  declare readonly localAddr: Deno.NetAddr;
+  declare readonly remoteAddr: Deno.NetAddr;
+
+  get readable(): never {
+    throw new TypeError("A stream reads with read()");
+  }
+
+  get writable(): never {
+    throw new TypeError("A stream writes with write()");
+  }
+
+  setNoDelay(noDelay = true): void {
+    this.calls.push(`setNoDelay(${noDelay})`);
+  }
+
+  setKeepAlive(): void {}
+  ref(): void {}
+  unref(): void {}
+
+  [Symbol.dispose](): void {
+    this.close();
+  }
+}
+
 /** What writes wait for; nobody has to wait when it is closed. */
 function gate(): PromiseWithResolvers<void> {
   const held = Promise.withResolvers<void>();

@@ -88,12 +88,16 @@ async function main([workers = "2", failure = ""]: string[]): Promise<void> {
     console.log(JSON.stringify(await pool.shutdown({ grace: 100 })));
     reported.resolve();
   });
-  console.log((await pool.listen()).port);
+  const { port } = await pool.listen();
+  console.log(port);
   try {
     await pool.serveForever();
     await reported.promise;
   } catch (error) {
     console.log(String(error));
+    await pool.serveForever(); // A pool that is closed does not serve again.
+    Deno.listen({ port }).close();
+    console.log(`closed, with ${pool.activeWorkers} workers and a free port`);
     Deno.exit(1);
   }
   Deno.exit();

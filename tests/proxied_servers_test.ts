@@ -16,9 +16,9 @@ import {
   UnixServer,
 } from "../mod.ts";
 import { type Certificates, withCertificates } from "./certificates.ts";
-import { bytesOf, concat } from "./fake_conn.ts";
+import { bytesOf, concat, connectionReset, FakeTcpConn } from "./fake_conn.ts";
 import { FakeServer, Peer } from "./programs.ts";
-import { networkTest, programTest, scaled, unixTest, until } from "./testing.ts";
+import { FakeListener, networkTest, programTest, scaled, unixTest, until } from "./testing.ts";
 
 function tcp(hostname: string, port: number): Deno.NetAddr {
   return { transport: "tcp", hostname, port };
@@ -85,6 +85,20 @@ class Witness extends TcpServer implements Events {
 
   override handleError(error: unknown, clientAddress: Deno.Addr) {
     this.errors.push(`${formatAddress(clientAddress)} ${error instanceof Error ? error.message : error}`);
+  }
+}
+
+/** The same, with connections of the test. */
+class FakeWitness extends Witness {
+  readonly #listener: FakeListener;
+
+  constructor(...conns: FakeTcpConn[]) {
+    super({ port: 0 }, Namer, FROM_LOOPBACK);
+    this.#listener = new FakeListener(conns);
+  }
+
+  override listen(): Deno.NetAddr {
+    return this.adopt(this.#listener, tcp("127.0.0.1", 1));
   }
 }
 
@@ -339,6 +353,18 @@ for (const [what, header] of Object.entries(HEADERS)) {
   });
 }
 
+Deno.test("a check that leaves with a reset is counted as lost, and one that has sent a byte is not", async () => {
+  for (const [sent, lost] of [["", 1], ["P", 0]] as const) {
+    const server = new FakeWitness(new FakeTcpConn().give(sent).failReads(connectionReset()));
+    const over = server.serveForever();
+    await until(() => server.stats.accepted === 1 && server.stats.active === 0);
+    assertEquals([server.stats.lost, server.stats.handshakeFailures, server.errors.length], [lost, 1 - lost, 1 - lost]);
+    assertEquals([server.opened, server.closed], [[], []]);
+    server.close();
+    await over;
+  }
+});
+
 networkTest("a check that connects and leaves is counted as lost, and nobody is told", async () => {
   await serving(async (server, port) => {
     for (let checks = 1; checks <= 3; checks++) {
@@ -520,6 +546,58 @@ networkTest("a header that comes during a shutdown is read, and its client serve
   assertEquals(server.closed, ["203.0.113.7:50000 finished"]);
 });
 
+networkTest(
+  "a header that comes in a shutdown, after a look at who waits, is read, and its client served",
+  async () => {
+    const looked = Promise.withResolvers<void>();
+    class Looking extends Witness {
+      protected override endRequest(request: SocketStream, isLate: boolean) {
+        const isToBeCut = super.endRequest(request, isLate);
+        looked.resolve();
+        return isToBeCut;
+      }
+    }
+    const server = new Looking({ port: 0 }, Namer, { ...FROM_LOOPBACK, grace: 60_000 });
+    const { port } = server.listen();
+    const over = server.serveForever();
+    using peer = await Peer.connect(port);
+    await until(() => server.stats.active === 1);
+    const { now } = performance;
+    const stopped = performance.now();
+    performance.now = () => stopped; // Nothing is late, however slow the machine.
+    try {
+      const ended = server.shutdown();
+      await looked.promise;
+      await peer.send(HEADERS["version 1"] ?? "");
+      assertEquals(await peer.receive("\n"), "203.0.113.7:50000\n");
+      await peer.closeWrite();
+      assertEquals((await ended).cut, []);
+    } finally {
+      performance.now = now;
+    }
+    await over;
+    assertEquals(server.closed, ["203.0.113.7:50000 finished"]);
+  },
+);
+
+Deno.test("handleOpen() and handleClose() are paired whenever close() meets a header", async () => {
+  const told = new Set<string>();
+  for (let turns = 0; turns < 40; turns++) {
+    const conn = new FakeTcpConn();
+    const server = new FakeWitness(conn);
+    const over = server.serveForever();
+    await until(() => server.openConnections[0]?.waitsFor === "PROXY header" && conn.isReading);
+    conn.give(HEADERS["version 1"] ?? "");
+    for (let turn = 0; turn < turns; turn++) await Promise.resolve();
+    server.close();
+    await over;
+    assertEquals(server.closed, server.opened.map((address) => `${address} cut`), `${turns} turns behind the header`);
+    assertEquals(server.stats.active, 0);
+    told.add(server.opened.join());
+  }
+  assertEquals(told, new Set(["", "203.0.113.7:50000"])); // Some were before, and some behind it.
+});
+
 // Unix sockets
 
 unixTest('a proxy at a Unix socket is believed as "unix"', async (folder) => {
@@ -611,6 +689,17 @@ function startRelay(port: number, header: Uint8Array, size: number): FakeServer 
   });
 }
 
+/** A header of version 2 made `length` bytes long with a vector that says nothing. */
+function padded(header: Uint8Array, length: number): Uint8Array {
+  const noop = new Uint8Array(length - header.length);
+  const whole = concat([header, noop]);
+  const view = new DataView(whole.buffer);
+  view.setUint8(header.length, 0x04);
+  view.setUint16(header.length + 1, noop.length - 3);
+  view.setUint16(14, length - 16);
+  return whole;
+}
+
 for (const size of [Infinity, 100, 1]) {
   tlsTest(`the first bytes of TLS behind a header are not lost in pieces of ${size} bytes`, async (certificates) => {
     await servingTls(certificates, async (server, port) => {
@@ -625,6 +714,42 @@ for (const size of [Infinity, 100, 1]) {
     });
   });
 }
+
+tlsTest(
+  "more first bytes of TLS than fit a read, behind a header in the same segment, are not lost",
+  async (certificates) => {
+    await servingTls(certificates, async (_server, port) => {
+      const short = encodeProxyHeader({ source: CLIENT, destination: FRONT });
+      // More than the first room for TLS, which has 512 bytes.
+      const alpnProtocols = Array.from({ length: 8 }, (_, index) => String(index).repeat(100));
+      for (const length of [28 + 3, 631, 1_024, 4_096]) {
+        await using relay = startRelay(port, padded(short, length), Infinity);
+        const stream = await connect({ port: relay.port, tls: { caCerts: [certificates.ca.cert], alpnProtocols } });
+        assertEquals(await stream.readLine(), "203.0.113.7:50000 TLSv1.3 0", `${length} bytes`);
+        await stream[Symbol.asyncDispose]();
+      }
+    });
+  },
+);
+
+tlsTest("handshakeTimeout is that of the header and the handshake together", async (certificates) => {
+  await servingTls(certificates, async (server, port) => {
+    using peer = await Peer.connect(port);
+    await until(() => server.openConnections[0]?.waitsFor === "PROXY header");
+    const { now } = performance;
+    performance.now = () => now.call(performance) + 55_000;
+    try {
+      await peer.send(HEADERS["version 1"] ?? "");
+      await until(() => server.openConnections[0]?.waitsFor === "startTls()");
+      // Some 5 s are left, and it would be a minute more if it began again.
+      await until(() => server.closed.length === 1, 30_000);
+    } finally {
+      performance.now = now;
+    }
+    assertEquals(server.closed, ["203.0.113.7:50000 handshakeFailed"]);
+    assertEquals(server.stats.handshakeFailures, 1);
+  }, { handshakeTimeout: 60_000 });
+});
 
 tlsTest("a handshake that fails behind a header is the client's", async (certificates) => {
   await servingTls(certificates, async (server, port) => {

@@ -4,13 +4,15 @@ import {
   type CloseReason,
   connect,
   type ConnectionReport,
+  type ServerOptions,
   socketPair,
   SocketStream,
   StreamRequestHandler,
   TcpServer,
   TlsServer,
 } from "../mod.ts";
-import { Echo, FakeListener, networkTest, programTest, rejectionOf, until } from "./testing.ts";
+import { FakeTcpConn, turnEnd } from "./fake_conn.ts";
+import { countListeners, Echo, FakeListener, networkTest, programTest, rejectionOf, until } from "./testing.ts";
 
 /** Says which connection it is, and stays until its client leaves. */
 class Greeter extends StreamRequestHandler {
@@ -38,6 +40,20 @@ async function withServer<Server extends TcpServer>(
     for (const client of clients) client.close();
     await server.shutdown();
     await serving;
+  }
+}
+
+/** Serves what a listener of the test gives out. */
+class FakeServer extends TcpServer {
+  readonly #listener: FakeListener;
+
+  constructor(listener: FakeListener, ...rest: [typeof Echo, ServerOptions?]) {
+    super({ port: 0 }, ...rest);
+    this.#listener = listener;
+  }
+
+  override listen(): Deno.NetAddr {
+    return this.adopt(this.#listener, { transport: "tcp", hostname: "127.0.0.1", port: 1 });
   }
 }
 
@@ -757,7 +773,56 @@ networkTest("serviceActions() runs while the server serves, and survives its own
   }
 });
 
+Deno.test("serviceActions() is not called while its last call runs", async () => {
+  let [ticks, calls, running, most, isOver] = [0, 0, 0, 0, false];
+  class Serviced extends FakeServer {
+    override async serviceActions() {
+      calls++;
+      most = Math.max(most, ++running);
+      const begun = ticks;
+      await until(() => isOver || ticks >= begun + 3);
+      running--;
+    }
+  }
+  const { setInterval } = globalThis;
+  const hurried = (callback: () => void) =>
+    setInterval(() => {
+      ticks++;
+      callback();
+    }, 1);
+  globalThis.setInterval = Object.assign(hurried, setInterval);
+  const server = new Serviced(new FakeListener([]), Echo);
+  const serving = server.serveForever();
+  globalThis.setInterval = setInterval;
+  await until(() => calls >= 3);
+  isOver = true;
+  server.close();
+  await serving;
+  await until(() => running === 0);
+  assertEquals(most, 1);
+});
+
+Deno.test("noDelay reaches each connection, and noDelay: false leaves it as the system makes it", async () => {
+  for (const noDelay of [true, false]) {
+    const conn = new FakeTcpConn();
+    const request = new TcpServer({ port: 0 }, Echo, { noDelay }).getRequest(conn);
+    assertEquals(conn.calls, noDelay ? ["setNoDelay(true)"] : []);
+    request.close();
+    await turnEnd();
+  }
+});
+
 // One request at a time
+
+Deno.test("handleRequest() is refused while another one waits", async () => {
+  const server = new FakeServer(new FakeListener([]), Echo);
+  const handling = server.handleRequest();
+  const error = await rejectionOf(server.handleRequest());
+  assert(error instanceof Deno.errors.Busy);
+  assertEquals(error.message, "Cannot handleRequest(): the server is serving already");
+  server.close();
+  await handling;
+});
 
 networkTest("handleRequest() serves one request", async () => {
   await using server = new TcpServer({ port: 0 }, Echo);
@@ -919,6 +984,41 @@ networkTest("serveForever({ signal }) shuts down when the signal aborts, also if
   controller.abort();
   await serving;
   await new TcpServer({ port: 0 }, Echo).serveForever({ signal: AbortSignal.abort() });
+});
+
+Deno.test("serveForever() leaves no listener on its signal", async () => {
+  for (const end of ["close", "shutdown"] as const) {
+    const { signal } = new AbortController();
+    const listeners = countListeners(signal);
+    const listener = new FakeListener([]);
+    const server = new FakeServer(listener, Echo);
+    const serving = server.serveForever({ signal });
+    await listener.drained;
+    assertEquals(listeners(), 1);
+    server[end]();
+    await serving;
+    assertEquals(listeners(), 0);
+  }
+});
+
+Deno.test("shutdown() aborts signal behind the backlog: a client of the backlog meets a handler that may go on", async () => {
+  const aborted: boolean[] = [];
+  class Looking extends Echo {
+    override handle() {
+      aborted.push(this.signal.aborted, this.server.signal.aborted);
+      return Promise.resolve();
+    }
+  }
+  const listener = new FakeListener([]);
+  const server = new FakeServer(listener, Looking);
+  const serving = server.serveForever();
+  await listener.drained;
+  const down = server.shutdown();
+  listener.give(new FakeTcpConn().end());
+  await down;
+  await serving;
+  assertEquals(aborted, [false, false]);
+  assert(server.signal.aborted);
 });
 
 networkTest("shutdown() waits for a handler that is in the middle of something", async () => {
@@ -1229,6 +1329,94 @@ networkTest("shutdown() from the only handler that may run lets those who wait i
     assertEquals(await first.readLine(), "stop is done");
     assertEquals(await second.readLine(), "work is done");
   });
+});
+
+Deno.test("a handler that has called shutdown() gives its place up once", async () => {
+  let [running, most, served] = [0, 0, 0];
+  const [begun, stopped] = [Promise.withResolvers<void>(), Promise.withResolvers<void>()];
+  class Stop extends Echo {
+    override async handle() {
+      if (served++ === 0) {
+        void this.server.shutdown();
+        return await begun.promise; // Another one has its place already.
+      }
+      most = Math.max(most, ++running);
+      begun.resolve();
+      await stopped.promise;
+      for (let turn = 0; turn < 10; turn++) await turnEnd(); // Whoever may be accepted now is.
+      running--;
+    }
+  }
+  class Watching extends FakeServer {
+    override handleClose() {
+      stopped.resolve();
+    }
+  }
+  const listener = new FakeListener([new FakeTcpConn(), new FakeTcpConn(), new FakeTcpConn()]);
+  await new Watching(listener, Stop, { maxConnections: 1, grace: 60_000 }).serveForever();
+  assertEquals([served, most], [3, 1]);
+});
+
+Deno.test("a handler that has called shutdown() and never ends is cut off after the grace", async () => {
+  class Stuck extends Echo {
+    override async handle() {
+      await this.server.shutdown();
+      await new Promise(() => {});
+    }
+  }
+  const reasons: CloseReason[] = [];
+  class Watching extends FakeServer {
+    override handleClose({ reason }: ConnectionReport) {
+      reasons.push(reason);
+    }
+  }
+  const conn = new FakeTcpConn();
+  const server = new Watching(new FakeListener([conn]), Stuck, { grace: 20 });
+  await server.serveForever();
+  assertEquals([reasons, conn.isClosed], [["cut"], true]);
+  assertEquals(server.openConnections, []);
+});
+
+Deno.test("what a handler has left to be sent is given up when its client takes no byte for 30 s", async () => {
+  class Leaving extends Echo {
+    override handle() {
+      this.request.write("left over");
+      return Promise.resolve();
+    }
+  }
+  const reasons: CloseReason[] = [];
+  class Watching extends FakeServer {
+    override handleClose({ reason }: ConnectionReport) {
+      reasons.push(reason);
+    }
+  }
+  const conn = new FakeTcpConn().holdWrites();
+  const server = new Watching(new FakeListener([conn]), Leaving, { grace: 0 });
+  const { setTimeout } = globalThis;
+  const { now } = performance;
+  let skipped = 0;
+  const hurried = (callback: () => void, ms = 0) => {
+    return setTimeout(() => {
+      skipped += ms;
+      callback();
+    }, 0);
+  };
+  performance.now = () => now.call(performance) + skipped;
+  globalThis.setTimeout = Object.assign(hurried, setTimeout);
+  try {
+    const serving = server.serveForever();
+    await conn.whenClosed;
+    assertEquals(reasons, []);
+    assert(skipped >= 29_000, `after ${skipped} ms`);
+    for (; reasons.length === 0;) await turnEnd();
+    globalThis.setTimeout = setTimeout;
+    server.close();
+    await serving;
+  } finally {
+    globalThis.setTimeout = setTimeout;
+    performance.now = now;
+  }
+  assertEquals(reasons, ["timedOut"]);
 });
 
 networkTest("a line that was cut in two by a shutdown is never handed out as a whole", async () => {

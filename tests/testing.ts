@@ -84,6 +84,21 @@ export async function until(condition: () => boolean, patience = 10_000): Promis
   }
 }
 
+/** How many listeners `signal` has from now on. */
+export function countListeners(signal: AbortSignal): () => number {
+  const listeners = new Set<unknown>();
+  const { addEventListener, removeEventListener } = signal;
+  signal.addEventListener = (type: string, listener: EventListenerOrEventListenerObject) => {
+    listeners.add(listener);
+    addEventListener.call(signal, type, listener);
+  };
+  signal.removeEventListener = (type: string, listener: EventListenerOrEventListenerObject) => {
+    listeners.delete(listener);
+    removeEventListener.call(signal, type, listener);
+  };
+  return () => listeners.size;
+}
+
 /** Sends back what it is sent. */
 export class Echo extends StreamRequestHandler {
   override async handle() {
@@ -124,6 +139,11 @@ export class FakeListener implements Deno.Listener {
     if (this.closed) throw new Deno.errors.BadResource("Bad resource ID");
     this.closed = true;
     this.#pending?.reject(new Deno.errors.BadResource("Listener has been closed"));
+  }
+
+  /** Ends the wait with a connection. */
+  give(conn: Deno.Conn): void {
+    this.#pending?.resolve(conn);
   }
 
   /** Ends the wait with an error. */

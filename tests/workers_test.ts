@@ -176,6 +176,98 @@ poolTest("a worker that crashes again and again is replaced after twice the time
   await served;
 });
 
+poolTest("nobody is active any more once a worker has crashed", async () => {
+  const { pool, port, served } = await startPool(1);
+  const [victim, other] = [await dial(port), await dial(port)];
+  await until(() => pool.stats.active === 2);
+  const active = Promise.withResolvers<number>();
+  pool.handleCrash = () => active.resolve(pool.stats.active);
+  await ask(victim.stream, "crash throw");
+  assertEquals(await active.promise, 0);
+  closeAll([victim, other]);
+  await pool.shutdown();
+  await served;
+  assertEquals(pool.stats.active, 0);
+});
+
+poolTest("a handleCrash() that throws or rejects is printed, and the worker is replaced", async () => {
+  const printed: unknown[][] = [];
+  const print = console.error;
+  console.error = (...data) => void printed.push(data);
+  try {
+    for (
+      const fail of [() => {
+        throw new TypeError("a bug in the hook");
+      }, () => Promise.reject(new TypeError("a bug in the hook"))]
+    ) {
+      const { pool, port, served } = await startPool(1);
+      pool.handleCrash = fail;
+      const victim = await dial(port);
+      await ask(victim.stream, "crash throw");
+      assertEquals(await victim.stream.readLine().catch(() => null), null);
+      closeAll([victim, await dial(port)]);
+      await pool.shutdown();
+      await served;
+    }
+  } finally {
+    console.error = print;
+  }
+  assertEquals(printed.map(([sentence]) => sentence), Array(2).fill("Error in handleCrash():"));
+});
+
+/** Longer than any test waits. */
+const NEVER_MS = 2_147_483_647;
+
+poolTest("a shutdown does not wait for the end of a back-off", async () => {
+  const { pool, port, served } = await startPool(1);
+  const { stream } = await dial(port);
+  const { setTimeout } = globalThis;
+  const waits = Promise.withResolvers<number>();
+  const endless = (callback: () => void, ms = 0) => {
+    waits.resolve(ms);
+    return setTimeout(callback, NEVER_MS);
+  };
+  pool.handleCrash = ({ delay }) => {
+    assertEquals(delay, 100);
+    globalThis.setTimeout = Object.assign(endless, setTimeout); // The next one is that of the back-off.
+  };
+  try {
+    await ask(stream, "crash throw");
+    assertEquals(await waits.promise, 100);
+  } finally {
+    globalThis.setTimeout = setTimeout;
+  }
+  await pool.shutdown();
+  await served;
+  stream.close();
+});
+
+programTest("a worker that crashes leaves no descriptor behind", async () => {
+  /** Another process has to look, as reading /proc takes all permissions. */
+  const descriptors = async () => {
+    const look = new Deno.Command("sh", { args: ["-c", `ls /proc/${Deno.pid}/fd | wc -l`] });
+    return Number(new TextDecoder().decode((await look.output()).stdout));
+  };
+  const { pool, port, served } = await startPool(1);
+  const crash = async (count: number) => {
+    const { stream } = await dial(port);
+    await ask(stream, "crash throw");
+    await until(() => pool.crashes.length === count);
+    stream.close();
+    await until(() => pool.activeWorkers === 1, PATIENCE_MS);
+    closeAll([await dial(port)]);
+  };
+  await crash(1); // What the runtime opens at the first time is there now.
+  const before = await descriptors();
+  for (let count = 2; count <= 5; count++) await crash(count);
+  // The last client's are closed a moment later.
+  let after = await descriptors();
+  for (let looks = 0; looks < 100 && after > before; looks++) after = await descriptors();
+  assert(after <= before, `${before} descriptors before 4 crashes, and ${after} after them`);
+  await pool.shutdown();
+  await served;
+});
+
 poolTest("the default prints one sentence and what the worker did not catch", async () => {
   const printed: unknown[][] = [];
   const print = console.error;
@@ -283,6 +375,45 @@ poolTest("close() cuts all off, and a signal shuts down", async () => {
   await assertRejects(() => other.serveForever(), Deno.errors.Busy);
   controller.abort();
   await ended;
+});
+
+poolTest("close() ends a shutdown that would wait for ever for a handler that stalls", async () => {
+  const { pool, port, served } = await startPool(1);
+  const { stream } = await dial(port);
+  await stream.send("stall\n");
+  await until(() => pool.stats.bytesRead === "who\nstall\n".length);
+  const ended = pool.shutdown({ grace: Infinity });
+  pool.close();
+  const { cut, hung } = await ended;
+  await served;
+  assertEquals([cut.length, hung], [1, []]);
+  assertEquals(await stream.readLine().catch(() => null), null);
+  stream.close();
+});
+
+poolTest("close() gives a worker up after 5 s, also in a shutdown that would wait for ever", async () => {
+  const { pool, port, served } = await startPool(1);
+  const { stream } = await dial(port);
+  await stream.send("stall\n");
+  const ended = pool.shutdown({ grace: Infinity });
+  const { setTimeout } = globalThis;
+  const waits: number[] = [];
+  const passed = (callback: () => void, ms = 0) => {
+    waits.push(ms);
+    callback(); // Before the worker can answer.
+    return setTimeout(() => {}, 0);
+  };
+  globalThis.setTimeout = Object.assign(passed, setTimeout);
+  try {
+    pool.close();
+  } finally {
+    globalThis.setTimeout = setTimeout;
+  }
+  assertEquals((await ended).hung, [1]);
+  assertEquals(waits, [5_000]);
+  await served;
+  assertEquals(await stream.readLine().catch(() => null), null);
+  stream.close();
 });
 
 programTest("a worker that computes without end is given up after the grace, and named", async () => {
@@ -416,21 +547,29 @@ programTest("a client that waits while the workers still start is served by a sh
   assertMatch((await program.ended()).stdout, /"finished":1,"cut":\[\]/);
 });
 
-programTest("a worker that fails before it serves ends the start with one sentence", async () => {
-  const failures = [
-    { mode: "worker cannot make its server", sentence: /^RangeError: Cannot start worker [12]: there is no database$/ },
-    {
-      mode: "module is missing",
-      sentence: /^TypeError: Cannot start worker [12]: Module not found "file:.*missing\.ts"/,
-    },
-  ];
-  for (const { mode, sentence } of failures) {
-    await using program = Program.start(Deno.execPath(), ["run", "--allow-net", "--allow-read", SCRIPT, "2", mode]);
-    const { code, stdout } = await program.ended();
-    assertEquals(code, 1);
-    assertMatch(stdout.split("\n")[1] ?? "", sentence);
-  }
-});
+programTest(
+  "a worker that fails before it serves ends the start with one sentence, and the pool is closed",
+  async () => {
+    const failures = [
+      {
+        mode: "worker cannot make its server",
+        sentence: /^RangeError: Cannot start worker [12]: there is no database$/,
+      },
+      {
+        mode: "module is missing",
+        sentence: /^TypeError: Cannot start worker [12]: Module not found "file:.*missing\.ts"/,
+      },
+    ];
+    for (const { mode, sentence } of failures) {
+      await using program = Program.start(Deno.execPath(), ["run", "--allow-net", "--allow-read", SCRIPT, "2", mode]);
+      const { code, stdout } = await program.ended();
+      assertEquals(code, 1);
+      const [, told = "", afterwards] = stdout.split("\n");
+      assertMatch(told, sentence);
+      assertEquals(afterwards, "closed, with 0 workers and a free port");
+    }
+  },
+);
 
 programTest("a worker that may not read what its module imports names the flag", async () => {
   const permissions = ["--allow-net", `--allow-read=${SCRIPT}`];
