@@ -97,11 +97,9 @@ programTestIn(
       }
     }
     const { failures, answered, bytes, crossed, ended } = await load.end();
+    assertEquals(failures, []);
+    assert(!haproxy.log.includes("no server available"), haproxy.log);
     await Promise.all([one.end(), two.end()]);
-    assertEquals({ failures, noServer: haproxy.log.match(/.*no server available.*/g) }, {
-      failures: [],
-      noServer: null,
-    });
     // What was answered has arrived, and what was asked twice was answered once.
     assertEquals(one.bytesOut + two.bytesOut, bytes);
     // Nor was it read the first time: the servers have read what was answered, and no byte more.
@@ -111,5 +109,8 @@ programTestIn(
       `${crossed} questions have crossed an end`,
     );
     assert(answered > 100 * ROUNDS && ended > 0, `${answered} answers, ${ended} ends`);
+    if (Deno.permissions.querySync({ name: "env", variable: "X" }) && ROUNDS > 1) {
+      console.log({ answered, crossed, ended }); //TMP
+    }
   },
 );
