@@ -55,11 +55,19 @@ class Restartable implements AsyncDisposable {
   }
 }
 
+/** What the unit says of a restart: how long a server accepts after SIGTERM, and how long the next restart has to wait. */
+async function ruleOfUnit(): Promise<{ drainDelay: string; pauseMs: number }> {
+  const unit = (await runningFile("socketserver@.service"))({});
+  const [, drainDelay = ""] = /--drain-delay (\d+)/.exec(unit) ?? [];
+  const [, seconds] = /^ExecStartPost=\/bin\/sleep (\d+)$/m.exec(unit) ?? [];
+  return { drainDelay, pauseMs: Number(seconds) * 1_000 };
+}
+
 programTestIn(
   `two servers behind HAProxy under load, each restarted in turn, ${ROUNDS} rounds: no exchange fails`,
   async (folder) => {
-    // As in docs/running/: longer than HAProxy takes to notice.
-    const args = ["--lines", "--drain-delay", "3000", "--proxy-from", "127.0.0.1"];
+    const { drainDelay, pauseMs } = await ruleOfUnit();
+    const args = ["--lines", "--drain-delay", drainDelay, "--proxy-from", "127.0.0.1"];
     await using one = await Restartable.start(args);
     await using two = await Restartable.start(args);
     const config = await runningFile("haproxy.cfg");
@@ -67,21 +75,24 @@ programTestIn(
       config({
         "0.0.0.0:8000": `127.0.0.1:${claim("front")}`,
         "127.0.0.1:8009": `127.0.0.1:${one.port}`,
-        "port 8010": `port ${one.health}`,
+        "port 18009": `port ${one.health}`,
         "127.0.0.1:8019": `127.0.0.1:${two.port}`,
-        "port 8020": `port ${two.health}`,
+        "port 18019": `port ${two.health}`,
       }));
     const load = new Load(haproxy.port("front"), { brief: 30, lasting: 10, exchanges: 3 });
     for (let round = 1; round <= ROUNDS; round++) {
-      for (const [name, server] of Object.entries({ one, two })) {
+      for (const server of [one, two]) {
         await server.restart();
-        await haproxy.logged(new RegExp(`(?:WARNING\\][^\\n]*servers/${name} is UP[^]*){${round}}`));
+        // The rule itself is tried, which looks at no balancer: it has noticed by then.
+        await new Promise((resolve) => setTimeout(resolve, pauseMs));
       }
     }
     const { failures, answered, bytes, ended } = await load.end();
-    await Promise.all([one.end(), two.end()]);
     assertEquals(failures, []);
-    // What was answered has arrived, and what was asked twice was answered once.
+    assert(!haproxy.log.includes("no server available"), haproxy.log);
+    await Promise.all([one.end(), two.end()]);
+    // What was answered has arrived, and what was asked twice was answered once. A handler that was given a question
+    // which crossed the end would have answered it, or complained of a client that is gone, which end() would have seen.
     assertEquals(one.bytesOut + two.bytesOut, bytes);
     assert(answered > 100 * ROUNDS && ended > 0, `${answered} answers, ${ended} ends`);
   },

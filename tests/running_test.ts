@@ -53,9 +53,9 @@ programTestIn("haproxy.cfg: an answer reaches a client that has half-closed", as
     config({
       "0.0.0.0:8000": `127.0.0.1:${claim("front")}`,
       "127.0.0.1:8009": `127.0.0.1:${port}`,
-      "port 8010": `port ${health}`,
+      "port 18009": `port ${health}`,
       "127.0.0.1:8019": `127.0.0.1:${port}`,
-      "port 8020": `port ${health}`,
+      "port 18019": `port ${health}`,
     }));
   assertMatch(await askAndEnd(haproxy.port("front")), isHello);
 });
@@ -130,9 +130,9 @@ class Nginx implements AsyncDisposable {
   }
 }
 
-programTestIn("socketserver.service: systemd takes it, and finds little exposed", async (folder) => {
-  const unit = (await runningFile("socketserver.service"))({ "/usr/local/bin/deno": Deno.execPath() });
-  const file = `${folder}/socketserver.service`;
+programTestIn("socketserver@.service: systemd takes it, and finds little exposed", async (folder) => {
+  const unit = (await runningFile("socketserver@.service"))({ "/usr/local/bin/deno": Deno.execPath() });
+  const file = `${folder}/socketserver@.service`;
   await Deno.writeTextFile(file, unit);
   assertEquals(await run("systemd-analyze", "verify", file).then(({ code, stderr }) => ({ code, stderr })), {
     code: 0,
@@ -144,19 +144,17 @@ programTestIn("socketserver.service: systemd takes it, and finds little exposed"
 });
 
 programTestIn(
-  "socketserver.service: its command lines start the server, probe it, and end it in time",
+  "socketserver@.service: its command lines start the server, probe it, and end it in time",
   async (folder) => {
     const [port, health] = [freePort(), freePort()];
-    const unit = (await runningFile("socketserver.service"))({
+    const unit = (await runningFile("socketserver@.service"))({
       "/usr/local/bin/deno": Deno.execPath(),
       "/opt/socketserver/": ROOT,
-      ":8009": `:${port}`,
-      "--port 8009": `--port ${port}`,
-      "127.0.0.1:8010": `127.0.0.1:${health}`,
-      "/var/cache/socketserver": folder,
+      "127.0.0.1:1%i": `127.0.0.1:${health}`,
+      "/var/cache/socketserver-%i": folder,
+      "%i": `${port}`,
     });
     const [start = ""] = settings(unit, "ExecStart");
-    const [probe = ""] = settings(unit, "ExecStartPost");
     const env = Object.fromEntries(
       settings(unit, "Environment").flatMap((line) =>
         line.split(" ").map((pair) => {
@@ -167,8 +165,10 @@ programTestIn(
     );
     const [command = "", ...args] = start.split(" ");
     await using server = Program.start(command, args, { env });
-    const [prober = "", ...probing] = probe.split(" ");
-    assertEquals((await run(prober, ...probing)).code, 0);
+    for (const line of settings(unit, "ExecStartPost")) {
+      const [command = "", ...args] = line.split(" ");
+      assertEquals((await run(command, ...args)).code, 0, line);
+    }
     // As a balancer on the same machine begins; who comes without it is refused.
     const fromBalancer = "PROXY TCP4 192.0.2.1 192.0.2.2 50000 8000\r\n";
     assertMatch(await askAndEnd(port, fromBalancer), isHello);
