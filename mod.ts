@@ -7298,13 +7298,14 @@ export class WorkerPool implements AsyncDisposable {
    * @throws {TypeError} If the pool is closed, `makeServer` makes no server of TCP or
    * TLS, or the module has another pool already.
    */
-  listen(): Promise<Deno.NetAddr> {
-    if (this.#member !== undefined) return this.#member.listen();
+  async listen(): Promise<Deno.NetAddr> {
+    if (this.#member !== undefined) return await this.#member.listen();
+    this.#checkOpen();
     if (this.#listening === undefined) {
       this.#listening = this.#bind();
       this.#listening.catch(() => this.#listening = undefined); // It may be tried again.
     }
-    return this.#listening;
+    return await this.#listening;
   }
 
   /**

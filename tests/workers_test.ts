@@ -348,6 +348,7 @@ poolTest("shutdown() before the start, and while the workers start", async () =>
   const listening = makePool({ workers: 2 });
   const { port } = await listening.listen();
   await listening.shutdown();
+  await assertRejects(() => listening.listen(), TypeError);
   Deno.listen({ port }).close();
 
   const starting = makePool({ workers: 2 });
