@@ -1,12 +1,7 @@
 import { assert, assertEquals, assertMatch, assertRejects } from "../deps.ts";
 import { connect, TcpServer, UnixServer } from "../mod.ts";
+import { freePort } from "./programs.ts";
 import { countListeners, Echo, networkTest, rejectionOf, unixTest } from "./testing.ts";
-
-/** A port that nobody listens on. */
-function freePort(): number {
-  using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-  return listener.addr.port;
-}
 
 /** Runs `test` with the port of a listener that takes no more connections: dials wait. */
 async function withFullBacklog(test: (port: number) => Promise<void>): Promise<void> {

@@ -6,14 +6,8 @@
 import { assert, assertEquals, assertMatch } from "../deps.ts";
 import { connect, DatagramClient, type SocketStream } from "../mod.ts";
 import { withCertificates } from "./certificates.ts";
-import { Program } from "./programs.ts";
+import { freePort, Program } from "./programs.ts";
 import { programTest } from "./testing.ts";
-
-/** A port that nobody listens on. */
-function freePort(): number {
-  using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-  return listener.addr.port;
-}
 
 /** The text of the program that the README calls `name`. */
 async function programOf(name: string): Promise<string> {

@@ -1,5 +1,6 @@
 import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../deps.ts";
 import { connect, StreamRequestHandler, UnixServer } from "../mod.ts";
+import { programTestIn } from "./programs.ts";
 import { Echo, programTest, rejectionOf, unixTest } from "./testing.ts";
 
 /** Leaves a socket file that nobody answers on, as a killed server does. */
@@ -7,14 +8,6 @@ function leaveStaleSocket(path: string): void {
   const listener = Deno.listen({ transport: "unix", path: `${path}.moved` });
   Deno.renameSync(`${path}.moved`, path); // So that closing does not remove it.
   listener.close();
-}
-
-/** A test in a folder of its own that starts other programs. */
-function programFolderTest(name: string, test: (folder: string) => Promise<void>): void {
-  programTest(name, async () => {
-    const folder = await Deno.makeTempDir({ prefix: "socketserver-" });
-    await test(folder).finally(() => Deno.remove(folder, { recursive: true }));
-  });
 }
 
 async function assertServes(path: string): Promise<void> {
@@ -135,7 +128,7 @@ unixTest("of two UnixServers that start at once on a path that nobody answers on
   for (const server of servers) await server.shutdown();
 });
 
-programFolderTest(
+programTestIn(
   "UnixServer that may write to its file only says what it cannot keep, and does not ask",
   async (folder) => {
     const path = `${folder}/a.sock`;
