@@ -1420,6 +1420,7 @@ class Output {
   #text = "";
   #waiters: SendWaiter[] | undefined;
   #ending: Promise<void> | undefined;
+  #isEnding = false;
   #isHeld = false;
   #isScheduled = false;
   /** Nothing can be sent any more, because of it. */
@@ -1440,7 +1441,7 @@ class Output {
 
   /** Whether nothing waits to leave. */
   get isIdle(): boolean {
-    return this.#taken === this.#sent && this.#text === "";
+    return this.#taken === this.#sent && this.#text === "" && !this.#isEnding;
   }
 
   /** Gathers `data`; resolves at once unless more than `highWaterMark` bytes wait. */
@@ -1481,12 +1482,19 @@ class Output {
   }
 
   async #end(): Promise<void> {
+    this.#isEnding = true;
     await this.flush();
     try {
       await this.#conn.closeWrite();
+      this.#isEnding = false;
     } catch (error) {
       throw this.#failWith(error);
     }
+  }
+
+  /** Resolves when everything has left, the end included. */
+  finish(): Promise<void> {
+    return this.#ending ?? this.flush();
   }
 
   /** Sends all and refuses more until `goOn()`. */
@@ -1521,6 +1529,7 @@ class Output {
     this.#blockLength = 0;
     this.#queue = undefined;
     this.#text = "";
+    this.#isEnding = false;
     if (this.#writing !== undefined) forgettable(this.#writing);
     for (const { promise, reject } of this.#waiters ?? []) {
       forgettable(promise);
@@ -1539,11 +1548,11 @@ class Output {
     return rejection(new Deno.errors.BrokenPipe(`Cannot ${call}: closeWrite() has ended this side of the stream`));
   }
 
-  /** Puts the text behind the bytes that came before it. */
+  /** Puts the text into the block, behind the bytes that came before it. */
   #encodeText(): void {
-    if (this.#text === "") return;
-    this.#seal();
-    this.#put(this.#takeText());
+    const text = this.#text;
+    this.#text = "";
+    if (text !== "") this.#gather(encoder.encode(text));
   }
 
   /** Copies `bytes`, so that they are the caller's again. */
@@ -1608,8 +1617,9 @@ class Output {
     const queued = this.#queue?.shift();
     if (this.#queue?.length === 0) this.#queue = undefined;
     if (queued !== undefined) return queued;
-    if (this.#blockLength > 0) return this.#takeBlock();
-    return this.#text === "" ? undefined : this.#takeText();
+    if (this.#blockLength === 0) return this.#text === "" ? undefined : this.#takeText();
+    this.#encodeText();
+    return this.#takeBlock();
   }
 
   #takeBlock(): Uint8Array {
@@ -1619,7 +1629,7 @@ class Output {
     return bytes;
   }
 
-  /** Text has a position from here on. */
+  /** The text alone, which needs no copy. */
   #takeText(): Uint8Array {
     const bytes = encoder.encode(this.#text);
     this.#text = "";
@@ -2049,7 +2059,7 @@ class Transport implements Watched {
     if (this.#output.isIdle) return void this.cut();
     this.#shut();
     this.timeout = Math.min(this.#timeout, CLOSE_STALL_MS);
-    return this.#lingering = this.#output.flush().catch(ignore).then(() => this.cut());
+    return this.#lingering = this.#output.finish().catch(ignore).then(() => this.cut());
   }
 
   /** An error that kept buffered bytes from leaving after `close()`. */
@@ -2105,12 +2115,12 @@ class Transport implements Watched {
       if (now - watch.openedAt >= maxLifetime) this.#expire(`was open for the maxLifetime of ${maxLifetime} ms`);
       const rest = watch.traffic.lasts(now, this.#bytesRead + this.bytesWritten);
       if (rest >= idleTimeout) this.#expire(`moved no byte for the idleTimeout of ${idleTimeout} ms`);
-      this.#expireRead(now);
     }
     if (watch.output.lasts(now, this.bytesWritten, this.#output.isIdle) >= this.#timeout) {
       const peer = formatAddress(this.#conn.remoteAddr);
       this.#expire(`was closed because ${peer} took no byte for the timeout of ${this.#timeout} ms`);
     }
+    this.#expireRead(now);
     return this.#watchedFor = this.#shortestTime();
   }
 
