@@ -2,21 +2,25 @@
  * The {@link https://www.haproxy.org/download/2.6/doc/proxy-protocol.txt | PROXY protocol},
  * versions 1 and 2: a proxy begins each connection with a header that names its client.
  *
- * ```ts no-eval
- * import { connect, perHost, StreamRequestHandler, TcpServer } from "@socketserver/socketserver";
- * import { proxyHeaderOf, proxyProtocol, sendProxyHeader } from "@socketserver/socketserver/proxy-protocol";
+ * ```ts
+ * import { connect, formatAddress, perHost, StreamRequestHandler, TcpServer } from "@socketserver/socketserver";
+ * import { proxyProtocol, sendProxyHeader } from "@socketserver/socketserver/proxy-protocol";
+ * import { assertEquals } from "@std/assert";
  *
  * class Hello extends StreamRequestHandler {
  *   override async handle() {
- *     console.log(this.clientAddress, proxyHeaderOf(this.request)?.authority); // The client's address.
+ *     await this.request.send(`Hello, ${formatAddress(this.clientAddress)}\n`);
  *   }
  * }
- * const filters = [proxyProtocol({ from: ["10.0.0.0/8"] }), perHost(64)]; // A tls() filter comes last.
- * new TcpServer({ port: 8009 }, Hello, { filters });
+ * const filters = [proxyProtocol({ from: ["127.0.0.0/8"] }), perHost(64)]; // A tls() filter comes last.
+ * await using server = new TcpServer({ port: 0 }, Hello, { filters });
+ * const { port } = server.listen();
+ * server.serveForever();
  *
  * const source = { transport: "tcp", hostname: "203.0.113.7", port: 50_000 } as const;
- * const destination = { transport: "tcp", hostname: "198.51.100.2", port: 443 } as const;
- * await connect({ port: 8009, filters: [sendProxyHeader({ source, destination })] }); // As a proxy does.
+ * const header = { source, destination: { ...source, port: 443 } };
+ * await using stream = await connect({ port, filters: [sendProxyHeader(header)] }); // As a proxy does.
+ * assertEquals(await stream.readLine(), "Hello, 203.0.113.7:50000");
  * ```
  *
  * @module
@@ -458,7 +462,7 @@ function parseRange(entry: unknown): string {
 
 // --- Filters ----------------------------------------------------------------
 
-/** Whose headers {@linkcode proxyProtocol} trusts. */
+/** The proxies that {@linkcode proxyProtocol} trusts, and what happens to other peers. */
 export interface ProxyProtocolOptions {
   /**
    * The proxies: addresses, ranges (`"10.0.0.0/8"`), and `"unix"` for all peers of a `UnixServer`. An IPv4 peer of an
@@ -527,22 +531,22 @@ class ProxiedConn implements StreamConn {
   readonly under: StreamConn;
   readonly header: ProxyHeader;
   /** Came behind the header and is not read yet. */
-  #first: Uint8Array;
+  #first: Uint8Array | undefined;
 
   constructor(under: StreamConn, header: ProxyHeader, first: Uint8Array) {
     this.localAddr = header.destination ?? under.localAddr;
     this.remoteAddr = header.source ?? under.remoteAddr;
     this.under = under;
     this.header = header;
-    this.#first = first;
+    if (first.length > 0) this.#first = first;
   }
 
   read(into: Uint8Array): Promise<number | null> {
-    if (this.#first.length === 0) return this.under.read(into);
-    const part = this.#first.subarray(0, into.length);
-    into.set(part);
-    this.#first = this.#first.subarray(part.length);
-    return Promise.resolve(part.length);
+    const first = this.#first;
+    if (first === undefined) return this.under.read(into);
+    into.set(first.subarray(0, into.length));
+    this.#first = into.length < first.length ? first.subarray(into.length) : undefined;
+    return Promise.resolve(Math.min(into.length, first.length));
   }
 
   write(data: Uint8Array): Promise<number> {

@@ -204,7 +204,7 @@ Deno.test("one wrong bit anywhere makes a header with a checksum wrong", () => {
       assert(error instanceof Deno.errors.InvalidData);
       continue;
     }
-    // It may have become a longer header, one that names nobody, or the checksum a vector of another type.
+    // It may have become a longer header, one without addresses, or the checksum a vector of another type.
     const hasChecksum = broken.at(-7) === 3 && broken.at(-5) === 4;
     assert(parsed?.header.source === undefined || !hasChecksum, `bit ${bit}`);
   }
