@@ -450,21 +450,28 @@ Deno.test("the filtered connection keeps the proxy's addresses if the header has
   }
 });
 
-Deno.test("the filtered connection gives out what came behind the header, and then is the one below", async () => {
-  const conn = new ConnFrom().give(concat([encodeProxyHeader(IPV4), bytesOf("hello")]));
-  const proxied = await filtered(conn);
-  assert(proxied !== null);
-  const into = new Uint8Array(3);
-  assertEquals([await proxied.read(into), into], [3, bytesOf("hel")]);
-  assertEquals([await proxied.read(into), into], [2, bytesOf("lol")]);
-  const below = Promise.resolve(7);
-  conn.read = conn.write = () => below;
-  assertStrictEquals(proxied.read(into), below); // The same promise, without another around it.
-  assertStrictEquals(proxied.write(into), below);
-  await proxied.closeWrite();
-  proxied.close();
-  assertEquals(conn.calls, ["closeWrite()", "close()"]);
-});
+/** What came behind the header, and the reads that take it. */
+const BEHIND: [string, string[]][] = [["", []], ["hello", ["hel", "lo"]], ["hello", ["hello"]]];
+
+for (const [behind, parts] of BEHIND) {
+  Deno.test(`the filtered connection gives out ${Deno.inspect(parts)} and then is the one below`, async () => {
+    const conn = new ConnFrom().give(concat([encodeProxyHeader(IPV4), bytesOf(behind)]));
+    const proxied = await filtered(conn);
+    assert(proxied !== null);
+    const into = new Uint8Array(parts[0]?.length ?? 3);
+    for (const part of parts) {
+      assertEquals(await proxied.read(into), part.length);
+      assertEquals(into.subarray(0, part.length), bytesOf(part));
+    }
+    const below = Promise.resolve(7);
+    conn.read = conn.write = () => below;
+    assertStrictEquals(proxied.read(into), below); // The same promise, without another around it.
+    assertStrictEquals(proxied.write(into), below);
+    await proxied.closeWrite();
+    proxied.close();
+    assertEquals(conn.calls, ["closeWrite()", "close()"]);
+  });
+}
 
 Deno.test("proxyProtocol() offers each read no more room than a header of 4,096 bytes leaves", async () => {
   const longest = GOOD.at(-1)?.[1] ?? new Uint8Array();
