@@ -3438,7 +3438,7 @@ const SERVICE_INTERVAL_MS = 500;
 
 /** The work of a server so far. All are counts since it was made, except `active`. */
 export interface ServerStats {
-  /** Requests that were taken in. Connections that did not pass the filters are not among them. */
+  /** Connections that were accepted and datagrams that were received, however they ended. */
   readonly accepted: number;
   /** Requests that are being served now, and connections in their filters. */
   readonly active: number;
@@ -3948,6 +3948,7 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
     const session = this.newSession(arrival);
     if (session === undefined) return;
     session.index = this.#sessions.push(session) - 1;
+    this.#counts.accepted++;
     try {
       if (this.#phase === "closed") this.#cut(session); // close() won the race.
       const opened = session.isCut ? null : session.open();
@@ -3965,7 +3966,6 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
   #process(session: Session<Request>, request: Request | null): void | Promise<void> {
     if (request === null || session.isCut) return;
     session.request = request;
-    this.#counts.accepted++;
     this.noteOpen(session);
     const verified = this.verifyRequest(request, session.clientAddress);
     if (verified === true) return this.processRequest(request, session.clientAddress);

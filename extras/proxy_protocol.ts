@@ -4,7 +4,7 @@
  *
  * ```ts
  * import { connect, formatAddress, perHost, StreamRequestHandler, TcpServer } from "@socketserver/socketserver";
- * import { proxyProtocol, sendProxyHeader } from "@socketserver/socketserver/proxy-protocol";
+ * import { proxyProtocol, sendProxyHeader } from "@socketserver/socketserver/proxy_protocol";
  * import { assertEquals } from "@std/assert";
  *
  * class Hello extends StreamRequestHandler {
@@ -129,7 +129,7 @@ type Parsed = { header: ProxyHeader; length: number } | undefined;
  *
  * @example
  * ```ts
- * import { parseProxyHeader } from "@socketserver/socketserver/proxy-protocol";
+ * import { parseProxyHeader } from "@socketserver/socketserver/proxy_protocol";
  * import { assertEquals } from "@std/assert";
  *
  * const parsed = parseProxyHeader(new TextEncoder().encode("PROXY TCP4 192.0.2.1 192.0.2.9 56324 443\r\nGET /"));
