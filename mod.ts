@@ -1596,7 +1596,9 @@ interface PendingRead {
 
 /** A read that waits for more bytes. */
 class WaitingRead<T, Argument> implements PendingRead {
-  readonly #answer = Promise.withResolvers<T>();
+  readonly promise: Promise<T>;
+  readonly #resolve: (answer: T) => void;
+  readonly #reject: (error: unknown) => void;
   seenAt = UNSEEN;
 
   constructor(
@@ -1606,22 +1608,23 @@ class WaitingRead<T, Argument> implements PendingRead {
     readonly timeout: number,
     readonly startsMessage: boolean,
     readonly into: Uint8Array | undefined,
-  ) {}
-
-  get promise(): Promise<T> {
-    return this.#answer.promise;
+  ) {
+    const { promise, resolve, reject } = Promise.withResolvers<T>();
+    this.promise = promise;
+    this.#resolve = resolve;
+    this.#reject = reject;
   }
 
   tryToAnswer(input: Input, limit: number): boolean {
     const answer = this.take(input, this.argument, limit);
     if (answer === MORE) return false;
-    this.#answer.resolve(answer);
+    this.#resolve(answer);
     return true;
   }
 
   reject(error: unknown): void {
     forgettable(this.promise);
-    this.#answer.reject(error);
+    this.#reject(error);
   }
 }
 
@@ -1630,6 +1633,8 @@ class Watch {
   readonly openedAt = performance.now();
   readonly traffic = new Standstill();
   readonly output = new Standstill();
+  /** The shortest time that the deadline timer keeps for the stream. */
+  shortest = Infinity;
 }
 
 /**
@@ -1656,9 +1661,8 @@ class Transport implements Watched {
   session: { readonly signal: AbortSignal } | undefined;
   readonly #settings: StreamSettings;
   readonly #input = new Input();
-  #timeout: number;
-  /** The shortest time that the deadline timer keeps for us. */
-  #watchedFor = Infinity;
+  /** Set if it differs from the settings': a number of its own costs an idle connection 16 bytes. */
+  #timeout: number | undefined;
   #watch: Watch | undefined;
   #pending: PendingRead | undefined;
   /** Whether a `conn.read()` is under way. It cannot be cancelled, so it may outlive its reader. */
@@ -1679,13 +1683,12 @@ class Transport implements Watched {
     this.conn = conn;
     this.#settings = settings;
     this.output = new Output(conn);
-    this.#timeout = settings.timeout;
     turnstile.streams++;
     this.#watchFor(Math.min(settings.idleTimeout, settings.maxLifetime));
   }
 
   get timeout(): number {
-    return this.#timeout;
+    return this.#timeout ?? this.#settings.timeout;
   }
   set timeout(ms: number) {
     this.#timeout = ms;
@@ -1737,7 +1740,7 @@ class Transport implements Watched {
       return rejection(this.#noteRaised(error));
     }
     if (this.#failure !== undefined) return rejection(this.#noteRaised(this.#failure));
-    const waiting = new WaitingRead(call, take, argument, this.#timeout, startsMessage, into);
+    const waiting = new WaitingRead(call, take, argument, this.timeout, startsMessage, into);
     this.#wait(waiting);
     return waiting.promise;
   }
@@ -1922,7 +1925,7 @@ class Transport implements Watched {
     if (this.#isClosed) return this.#lingering;
     if (this.output.isIdle) return void this.cut();
     this.#shut();
-    this.timeout = Math.min(this.#timeout, CLOSE_STALL_MS);
+    this.timeout = Math.min(this.timeout, CLOSE_STALL_MS);
     return this.#lingering = this.output.finish().catch(ignore).then(() => this.cut());
   }
 
@@ -1962,13 +1965,13 @@ class Transport implements Watched {
 
   /** Makes sure that a read or a write that begins is watched. */
   #keepTimeout(): void {
-    if (this.#timeout < this.#watchedFor) this.#watchFor(this.#timeout);
+    if (this.timeout < (this.#watch?.shortest ?? Infinity)) this.#watchFor(this.timeout);
   }
 
   #watchFor(ms: number): void {
     if (ms === Infinity) return;
     this.#watch ??= new Watch();
-    this.#watchedFor = Math.min(this.#watchedFor, ms);
+    this.#watch.shortest = Math.min(this.#watch.shortest, ms);
     deadlines.watch(this, ms);
   }
 
@@ -1980,12 +1983,12 @@ class Transport implements Watched {
       const rest = watch.traffic.lasts(now, this.bytesRead + this.output.sent);
       if (rest >= idleTimeout) this.#expire(`moved no byte for the idleTimeout of ${idleTimeout} ms`);
     }
-    if (watch.output.lasts(now, this.output.sent, this.output.isIdle) >= this.#timeout) {
+    if (watch.output.lasts(now, this.output.sent, this.output.isIdle) >= this.timeout) {
       const peer = formatAddress(this.conn.remoteAddr);
-      this.#expire(`was closed because ${peer} took no byte for the timeout of ${this.#timeout} ms`);
+      this.#expire(`was closed because ${peer} took no byte for the timeout of ${this.timeout} ms`);
     }
     this.#expireRead(now);
-    return this.#watchedFor = this.#shortestTime();
+    return watch.shortest = this.#shortestTime();
   }
 
   #expireRead(now: number): void {
@@ -2001,7 +2004,7 @@ class Transport implements Watched {
   }
 
   #shortestTime(): number {
-    const output = this.output.isIdle ? Infinity : this.#timeout;
+    const output = this.output.isIdle ? Infinity : this.timeout;
     if (this.#isClosed) return output;
     return Math.min(this.#settings.idleTimeout, this.#settings.maxLifetime, output, this.#pending?.timeout ?? Infinity);
   }
@@ -3004,14 +3007,12 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
     return arrived;
   }
 
-  async next(): Promise<IteratorResult<Arrival, void>> {
-    await this.arrival();
-    const value = this.take();
-    return value === undefined ? { done: true, value: undefined } : { done: false, value };
-  }
-
   [Symbol.asyncIterator](): AsyncIterator<Arrival, void> {
-    return { next: () => this.next() };
+    const takeNext = (): IteratorResult<Arrival, void> => {
+      const value = this.take();
+      return value === undefined ? { done: true, value: undefined } : { done: false, value };
+    };
+    return { next: () => this.arrival().then(takeNext) };
   }
 
   /** Resolves when the kernel has nothing more to give: it cannot be asked, only watched. */
@@ -3047,16 +3048,16 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
 
   #accept(): Promise<void> {
     if (this.#isOver) return DONE;
-    return this.listener.accept().then((arrival) => this.#receive(arrival), (error) => this.#rideOut(error));
+    return this.listener.accept().then(this.#receive, this.#rideOut);
   }
 
-  #receive(arrival: Arrival): void {
+  readonly #receive = (arrival: Arrival): void => {
     this.#arrived = arrival;
     this.#overloadWait = 0;
     this.#count++;
-  }
+  };
 
-  async #rideOut(error: unknown): Promise<void> {
+  readonly #rideOut = async (error: unknown): Promise<void> => {
     switch (acceptFailure(error)) {
       case "closed":
         this.#isOver = true;
@@ -3074,7 +3075,7 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
         return;
     }
     await this.#accept();
-  }
+  };
 
   #waitOut(): Promise<void> {
     const { signal } = this.#stopping;
@@ -3939,10 +3940,10 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
   /** @internal */
   protected override newSession(conn: StreamConn): Session<SocketStream> {
     if (this.#settings.noDelay) disableNagle(conn);
-    return new StreamSession(conn, this.#settings, (conn) => this.#tryToGetRequest(conn));
+    return new StreamSession(conn, this.#settings, this.#tryToGetRequest);
   }
 
-  #tryToGetRequest(conn: StreamConn): SocketStream {
+  readonly #tryToGetRequest = (conn: StreamConn): SocketStream => {
     try {
       return this.getRequest(conn);
     } catch (error) {
@@ -3951,7 +3952,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
     } finally {
       this.#made = undefined;
     }
-  }
+  };
 
   /** @internal */
   protected override noteOpen({ request, clientAddress }: Session<SocketStream>): void {
