@@ -1,0 +1,89 @@
+/**
+ * Reads the pages of the documentation, and runs the programs in them.
+ *
+ * @module
+ */
+
+import { assert } from "../../deps.ts";
+import { freePort, Program } from "../programs.ts";
+
+/** The folder of the project. */
+export const project = new URL("../../", import.meta.url);
+
+export function readProject(path: string): Promise<string> {
+  return Deno.readTextFile(new URL(path, project));
+}
+
+/** The text of the program on `page` whose first line is a comment with its `name`. */
+export async function programOf(page: string, name: string): Promise<string> {
+  const text = await readProject(page);
+  const [, program] = new RegExp(`^\`\`\`ts(?: ignore)?\\n// ${name}\\n(.*?)^\`\`\``, "ms").exec(text) ?? [];
+  assert(program !== undefined, `${page} has no ${name}`);
+  return program;
+}
+
+/** Copies what the pages' programs import: they are saved beside it. */
+export async function copyLibrary(folder: string): Promise<void> {
+  await Deno.mkdir(`${folder}/extras`);
+  const extras = [...Deno.readDirSync(new URL("extras/", project))].map(({ name }) => `extras/${name}`);
+  for (const file of ["mod.ts", "deno.json", ...extras]) {
+    await Deno.copyFile(new URL(file, project), `${folder}/${file}`);
+  }
+}
+
+/** What `programs` are run with. */
+export interface Setting {
+  /** Flags of `deno run`, besides `--allow-net=127.0.0.1`. */
+  flags?: string[];
+  /** Files beside the programs. */
+  files?: Record<string, string>;
+}
+
+/** Saves programs in a folder of their own, with a free port in the place of theirs. */
+export class Programs implements AsyncDisposable {
+  readonly port: number = freePort();
+  readonly #folder: string;
+
+  private constructor(folder: string) {
+    this.#folder = folder;
+  }
+
+  static async of(page: string, names: string[], files: Record<string, string> = {}): Promise<Programs> {
+    const folder = await Deno.makeTempDir({ prefix: "socketserver-" });
+    await copyLibrary(folder);
+    const programs = new Programs(folder);
+    for (const name of names) {
+      const program = (await programOf(page, name)).replace(/port: \d+/, `port: ${programs.port}`);
+      await Deno.writeTextFile(`${folder}/${name}`, program);
+    }
+    for (const [file, text] of Object.entries(files)) await Deno.writeTextFile(`${folder}/${file}`, text);
+    return programs;
+  }
+
+  /** The arguments that run a program as its page says, without the project's configuration. */
+  args(name: string, flags: string[] = []): string[] {
+    return ["run", "--no-config", "--no-prompt", "--allow-net=127.0.0.1", ...flags, name];
+  }
+
+  start(name: string, flags: string[] = []): Program {
+    return Program.start(Deno.execPath(), this.args(name, flags), { cwd: this.#folder });
+  }
+
+  /** Starts a program on a terminal, for one that asks a person. */
+  startOnTerminal(name: string): Program {
+    const driver = new URL("tests/python/pty_driver.py", project).pathname;
+    const args = [driver, "80", Deno.execPath(), ...this.args(name)];
+    return Program.start("python3", args, { cwd: this.#folder });
+  }
+
+  /** Checks the types of all programs; returns what is wrong. */
+  async check(names: string[]): Promise<string> {
+    await using check = Program.start(Deno.execPath(), ["check", ...names], { cwd: this.#folder });
+    const { code, stderr } = await check.ended();
+    return code === 0 ? "" : stderr;
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await Deno.remove(this.#folder, { recursive: true });
+  }
+}
