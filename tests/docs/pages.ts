@@ -14,6 +14,15 @@ export function readProject(path: string): Promise<string> {
   return Deno.readTextFile(new URL(path, project));
 }
 
+/** The paths of all files under `folder`, such as "docs/guide.md". */
+export function filesUnder(folder: string): string[] {
+  const entries = [...Deno.readDirSync(new URL(`${folder}/`, project))];
+  return entries.flatMap(({ name, isDirectory }) => {
+    const path = `${folder}/${name}`;
+    return isDirectory ? filesUnder(path) : [path];
+  });
+}
+
 /** The text of the program on `page` whose first line is a comment with its `name`. */
 export async function programOf(page: string, name: string): Promise<string> {
   const text = await readProject(page);
