@@ -40,18 +40,11 @@ export async function copyLibrary(folder: string): Promise<void> {
   }
 }
 
-/** What `programs` are run with. */
-export interface Setting {
-  /** Flags of `deno run`, besides `--allow-net=127.0.0.1`. */
-  flags?: string[];
-  /** Files beside the programs. */
-  files?: Record<string, string>;
-}
-
-/** Saves programs in a folder of their own, with a free port in the place of theirs. */
+/** Programs of a page, saved in a folder of their own, with free ports in the place of theirs. */
 export class Programs implements AsyncDisposable {
-  readonly port: number = freePort();
   readonly #folder: string;
+  /** The free port for each port of the page. */
+  readonly #ports = new Map<string, number>();
 
   private constructor(folder: string) {
     this.#folder = folder;
@@ -62,11 +55,32 @@ export class Programs implements AsyncDisposable {
     await copyLibrary(folder);
     const programs = new Programs(folder);
     for (const name of names) {
-      const program = (await programOf(page, name)).replace(/port: \d+/, `port: ${programs.port}`);
+      const program = (await programOf(page, name)).replace(
+        /port: (\d+)/g,
+        (_, port) => `port: ${programs.#free(port)}`,
+      );
       await Deno.writeTextFile(`${folder}/${name}`, program);
     }
     for (const [file, text] of Object.entries(files)) await Deno.writeTextFile(`${folder}/${file}`, text);
     return programs;
+  }
+
+  /** The ports of the programs, in the order of the page. */
+  get ports(): number[] {
+    return [...this.#ports.values()];
+  }
+
+  /** The only port, or the first one. */
+  get port(): number {
+    const [port] = this.ports;
+    assert(port !== undefined, "the programs have no port");
+    return port;
+  }
+
+  #free(port: string): number {
+    const free = this.#ports.get(port) ?? freePort();
+    this.#ports.set(port, free);
+    return free;
   }
 
   /** The arguments that run a program as its page says, without the project's configuration. */
