@@ -14,6 +14,12 @@ export function readProject(path: string): Promise<string> {
   return Deno.readTextFile(new URL(path, project));
 }
 
+/** A test that reads files of the project. */
+export function readTest(name: string, fn: () => Promise<void>): void {
+  const ignore = Deno.permissions.querySync({ name: "read" }).state !== "granted";
+  Deno.test({ name, fn, ignore, ...(ignore ? {} : { permissions: { read: true } }) });
+}
+
 /** The paths of all files under `folder`, such as "docs/guide.md". */
 export function filesUnder(folder: string): string[] {
   const entries = [...Deno.readDirSync(new URL(`${folder}/`, project))];

@@ -1,8 +1,7 @@
 /** docs/promises.md names a test for each promise, and the default of each option: both must exist. */
 
 import { assert, assertEquals } from "../../deps.ts";
-import { programTest } from "../testing.ts";
-import { filesUnder, readProject } from "./pages.ts";
+import { filesUnder, readProject, readTest } from "./pages.ts";
 
 /** The rows of the page's tables: promise, default, test. */
 async function promises(): Promise<string[][]> {
@@ -10,7 +9,7 @@ async function promises(): Promise<string[][]> {
   return rows.map((row) => row.split("|").slice(1, -1).map((cell) => cell.trim()));
 }
 
-programTest("each promise of docs/promises.md names a part of the name of a test", async () => {
+readTest("each promise of docs/promises.md names a part of the name of a test", async () => {
   const rows = await promises();
   assert(rows.length > 20, `${rows.length} promises`);
   const tests = filesUnder("tests").filter((path) => path.endsWith("_test.ts") && !path.startsWith("tests/docs/"));
@@ -27,7 +26,7 @@ function documented(source: string): string[] {
   return [...tags].map(([, value, name]) => `${name}: ${value}`);
 }
 
-programTest("each default of docs/promises.md is the one in the option's documentation", async () => {
+readTest("each default of docs/promises.md is the one in the option's documentation", async () => {
   const defaults = documented(await readProject("mod.ts"));
   for (const [promise, told = ""] of await promises()) {
     const option = /^`(\w+: .+)`$/.exec(told)?.[1];
@@ -66,7 +65,7 @@ const TABLES = {
   TcpServerAddress: "TCP",
 };
 
-programTest("each default in the documentation of an option is the one of the code", async () => {
+readTest("each default in the documentation of an option is the one of the code", async () => {
   const source = await readProject("mod.ts");
   const tables = [...source.matchAll(/^const (\w+)_DEFAULTS\b/gm)].map(([, table]) => table);
   assertEquals(new Set(tables), new Set(Object.values(TABLES)));
@@ -82,7 +81,7 @@ programTest("each default in the documentation of an option is the one of the co
   }
 });
 
-programTest("upgrade() has the handshakeTimeout of servers by default", async () => {
+readTest("upgrade() has the handshakeTimeout of servers by default", async () => {
   const source = await readProject("mod.ts");
   const { handshakeTimeout = "" } = Object.fromEntries(entriesOf(source, "SERVER"));
   assert(documented(source).includes(`handshakeTimeout: ${handshakeTimeout}`));
