@@ -70,7 +70,7 @@ for (const number of [1, 2]) {
         await client.printed(/hello deno\r\n[^]*>>>[^]*>>>/);
         await client.write("\x04");
       }
-      assertMatch((await client.ended()).stderr, /^exit code 0/);
+      assertEquals((await client.ended()).code, 0);
       await server.printed(/\.\.\.connected from: 127\.0\.0\.1[: ]\d+\n/);
     });
   });
