@@ -1,13 +1,7 @@
 /**
- * TLS for the servers and streams of `@socketserver/socketserver`.
- *
- * | | for | built on |
- * | --- | --- | --- |
- * | {@linkcode TlsServer}, {@linkcode tls} | the internet: client certificates, STARTTLS, new certificates | `node:tls` |
- * | {@linkcode tlsClient} | clients with a certificate, and the client's side of STARTTLS | `node:tls` |
- * | {@linkcode NativeTlsServer} | networks that you trust, or behind a balancer: the fastest | `Deno.listenTls` |
- *
- * A client that needs none of this uses `connect({ tls: true })`, without this module.
+ * TLS for servers and streams: {@linkcode TlsServer} and the filters {@linkcode tls} and {@linkcode tlsClient} over
+ * `node:tls`, with client certificates and STARTTLS; {@linkcode NativeTlsServer} over the runtime's own, faster TLS, for
+ * networks that you trust. A client that only wants TLS uses `connect({ tls: true })`, without this module.
  *
  * @module
  */
@@ -118,7 +112,7 @@ function checkNames(call: string, options: object, names: readonly string[]): vo
 
 // --- Failures ---------------------------------------------------------------
 
-/** Why a handshake fails, by the runtime's code and words, and what to do; the first match counts. */
+/** Why a handshake fails, by the runtime's code and words, and what to do. The first match counts. */
 const REASONS: readonly [pattern: RegExp, why: string, advice?: string][] = [
   [/alert: CertificateRequired/, "the server requires a client certificate", "give cert and key"],
   [/alert: (UnknownCA|\w*Certificate\w*)/, "the peer does not accept this side's certificate"],
@@ -128,8 +122,11 @@ const REASONS: readonly [pattern: RegExp, why: string, advice?: string][] = [
   [/ALTNAME_INVALID/, "the server's certificate is for another name", "set serverName to one that it has"],
   [/CERT_HAS_EXPIRED/, "the peer's certificate has expired", "renew it"],
   [/CERT_NOT_YET_VALID/, "the peer's certificate is not valid yet", "check the clocks of both machines"],
-  [/SELF_SIGNED|UNABLE_TO/, "no trusted authority has issued the peer's certificate", "add it to caCerts or clientCa"],
-  [/INVALID_PURPOSE/, "the peer's certificate is for another purpose"],
+  [
+    /SELF_SIGNED|UNABLE_TO|INVALID_PURPOSE/, // The runtime also says so of a certificate for another purpose (2.9.6).
+    "the peer's certificate is from no trusted authority, or not for this purpose",
+    "add its authority to caCerts or clientCa",
+  ],
   [/NOT_RETURN_A_CERTIFICATE/, "the client has no certificate", "give it one from an authority of clientCa"],
   [/corrupt message/, "the peer does not speak TLS, perhaps it speaks plain HTTP", "check the port"],
   [/ECONNRESET|EPIPE/, "the peer has closed the connection"],
@@ -144,8 +141,8 @@ function handshakeError(error: unknown): Error {
   const [, why, advice] = REASONS.find(([pattern]) => pattern.test(text)) ?? [];
   const sentence = why === undefined ? words : `${why} (${words})${advice === undefined ? "" : `; ${advice}`}`;
   const Failure = isGone ? Deno.errors.ConnectionReset : Deno.errors.InvalidData;
-  const failure = new Failure(`TLS handshake failed: ${printable(sentence)}`, { cause: error });
-  return Object.assign(failure, isGone ? { code: "ECONNRESET" } : code === "" ? {} : { code });
+  const failure = new Failure(`Cannot begin TLS: ${printable(sentence)}`, { cause: error });
+  return Object.assign(failure, { code: isGone ? "ECONNRESET" : code });
 }
 
 function invalid(message: string, cause?: unknown): Error {
@@ -337,7 +334,7 @@ function judgePeer(socket: NodeSocket, { authorities, serverName }: Settings): C
   const purpose = serverName === undefined ? CLIENT_PURPOSE : SERVER_PURPOSE;
   const isTrusted = authorities === undefined || isVouchedFor(chain, authorities, purpose);
   if (socket.authorized && chain[0] !== undefined && isTrusted) return chain[0];
-  throw invalid("TLS handshake failed: the peer's certificate is not valid, or no trusted authority has issued it");
+  throw invalid("Cannot begin TLS: the peer's certificate is not valid, or from no trusted authority");
 }
 
 function describeSession(socket: NodeSocket, peer: Certificate | undefined, isTruncated: () => boolean): TlsSession {
@@ -539,7 +536,8 @@ class TlsConn implements StreamConn {
   };
 
   readonly #onFailure = (error: unknown): void => {
-    this.#fail(this.#socket === undefined ? handshakeError(error) : error);
+    if (this.#socket !== undefined) return this.#fail(error);
+    turn().then(() => this.#fail(handshakeError(error))); // An alert that came before goes first, and takes a moment.
   };
 
   #fitRoom(count: number): void {
@@ -750,7 +748,7 @@ export interface NativeTlsServerAddress extends Omit<TcpServerAddress, "loadBala
  * the options run behind the handshake. A {@linkcode TlsServer} has none of these limits.
  */
 export class NativeTlsServer extends TcpServer {
-  readonly #wanted: Omit<NativeTlsServerAddress, "hostname"> & { hostname: string };
+  readonly #wanted: Deno.ListenTlsOptions & Deno.TlsCertifiedKeyPem;
 
   /**
    * Checks the options and the certificate; opens nothing.
@@ -760,13 +758,13 @@ export class NativeTlsServer extends TcpServer {
   constructor(address: NativeTlsServerAddress, Handler: StreamRequestHandlerClass, options: ServerOptions = {}) {
     const { cert, key, ...tcp } = address;
     super(tcp, Handler, { ...options, filters: [nativeHandshake, ...options.filters ?? []] });
-    this.#wanted = { hostname: "127.0.0.1", ...tcp, ...readCertificate({ cert, key }) };
+    const { hostname = "127.0.0.1", port, tcpBacklog = 4_096, reusePort = false } = tcp;
+    this.#wanted = { hostname, port, tcpBacklog, reusePort, ...readCertificate({ cert, key }) };
   }
 
   /** Binds the port and lets clients connect, as `TcpServer.listen()` does. */
   override listen(): Deno.NetAddr {
     if (this.boundAddress !== undefined) return this.boundAddress;
-    this.checkOpen();
     const listener = Deno.listenTls(this.#wanted);
     return this.adopt(listener, listener.addr);
   }
