@@ -1,7 +1,7 @@
 /**
- * TLS for servers and streams: {@linkcode TlsServer} and the filters {@linkcode tls} and {@linkcode tlsClient} over
- * `node:tls`, with client certificates and STARTTLS; {@linkcode NativeTlsServer} over the runtime's own, faster TLS, for
- * networks that you trust. A client that only wants TLS uses `connect({ tls: true })`, without this module.
+ * TLS for servers and streams. {@linkcode TlsServer} and the filters {@linkcode tls} and {@linkcode tlsClient} have client
+ * certificates and STARTTLS, over `node:tls`. {@linkcode NativeTlsServer} is faster, for networks that you trust. A client
+ * that only wants TLS uses `connect({ tls: true })`, without this module.
  *
  * @module
  */
@@ -31,35 +31,25 @@ export interface TlsCertificate {
 
 /** Options of {@linkcode tls}. */
 export interface TlsOptions extends TlsCertificate {
-  /**
-   * The authorities of client certificates in PEM form. A client without a valid certificate from one of them is turned
-   * away before there is a handler. By default no client is asked for a certificate.
-   */
+  /** Authorities in PEM form. A client needs a valid certificate from one of them; by default it needs none. */
   clientCa?: string | string[] | undefined;
-  /**
-   * The protocols to offer by ALPN (RFC 7301), the best first; none by default. A client that offers only others is
-   * turned away; a client that offers none is served.
-   */
+  /** Protocols to offer by ALPN, the best first; none by default. A client that asks only for others is turned away. */
   alpnProtocols?: string[] | undefined;
 }
 
-/** Options of {@linkcode tlsClient}; `cert` and `key` are this client's own. The server's certificate is always checked. */
+/** Options of {@linkcode tlsClient}; `cert` and `key` are the client's own. The server's certificate is always checked. */
 export interface TlsClientOptions extends Partial<TlsCertificate> {
-  /** The authorities to trust in PEM form; by default those that the runtime trusts. */
+  /** Authorities to trust, in PEM form; by default those that the runtime trusts. */
   caCerts?: string[] | undefined;
   /** The name or IP address that the server's certificate must have; by default the `hostname` of `connect()`. */
   serverName?: string | undefined;
-  /** The protocols to ask for by ALPN, the best first; none by default. */
+  /** Protocols to ask for by ALPN, the best first; none by default. */
   alpnProtocols?: string[] | undefined;
 }
 
 /** The server's side of TLS, made by {@linkcode tls}: a filter for `filters` and `upgrade()`. */
 export interface TlsFilter extends ConnectionFilter {
-  /**
-   * Replaces the certificate. Later connections get the new one; open connections and handshakes under way keep theirs.
-   *
-   * @throws {Deno.errors.InvalidData} If the certificate cannot be used; the old one stays.
-   */
+  /** Replaces the certificate for later connections. Throws `InvalidData` if it cannot be used, and keeps the old one. */
   setCertificate(certificate: TlsCertificate): void;
 }
 
@@ -97,10 +87,7 @@ export interface TlsSession {
   readonly serverName: string | undefined;
   /** The peer's certificate, always a verified one: a server has it only with `clientCa`. */
   readonly peerCertificate: PeerCertificate | undefined;
-  /**
-   * Whether the peer's side ended without TLS's close_notify. Many honest programs leave that way, so it reads as the end
-   * of the stream and can still be answered. Where that end is the end of the data, an attacker may have cut it.
-   */
+  /** Whether the peer's side ended without TLS's close_notify, as many do: an attacker may have cut the data short. */
   readonly truncated: boolean;
 }
 
@@ -135,14 +122,13 @@ const REASONS: readonly [pattern: RegExp, why: string, advice?: string][] = [
 /** The failure of a handshake in one sentence, with the runtime's words and code. */
 function handshakeError(error: unknown): Error {
   const words = error instanceof Error ? error.message : String(error);
-  const code = error instanceof Error && "code" in error ? String(error.code) : "";
-  const isGone = error instanceof Deno.errors.UnexpectedEof || /ECONNRESET|EPIPE/.test(code);
-  const text = `${isGone ? "ECONNRESET" : code} ${words}`;
-  const [, why, advice] = REASONS.find(([pattern]) => pattern.test(text)) ?? [];
+  let code = error instanceof Error && "code" in error ? String(error.code) : "";
+  if (error instanceof Deno.errors.UnexpectedEof) code = "ECONNRESET";
+  const [, why, advice] = REASONS.find(([pattern]) => pattern.test(`${code} ${words}`)) ?? [];
   const sentence = why === undefined ? words : `${why} (${words})${advice === undefined ? "" : `; ${advice}`}`;
-  const Failure = isGone ? Deno.errors.ConnectionReset : Deno.errors.InvalidData;
+  const Failure = /ECONNRESET|EPIPE/.test(code) ? Deno.errors.ConnectionReset : Deno.errors.InvalidData;
   const failure = new Failure(`Cannot begin TLS: ${printable(sentence)}`, { cause: error });
-  return Object.assign(failure, { code: isGone ? "ECONNRESET" : code });
+  return code === "" ? failure : Object.assign(failure, { code });
 }
 
 function invalid(message: string, cause?: unknown): Error {
@@ -184,8 +170,9 @@ function certificatesIn(name: string, text: string): Certificate[] {
   const { X509Certificate } = process.getBuiltinModule("node:crypto");
   const parse = (block: string) => {
     const der = Uint8Array.fromBase64(block.replace(/-----[^-]+-----/g, ""));
-    // Behind a TRUSTED CERTIFICATE are notes of OpenSSL's. The length of any certificate takes two bytes.
-    return new X509Certificate(der.subarray(0, 4 + new DataView(der.buffer).getUint16(2)));
+    const start = contentStart(der, 0);
+    const length = der.subarray(2, start).reduce((length, byte) => length * 256 + byte, 0);
+    return new X509Certificate(der.subarray(0, start + length)); // Behind it are OpenSSL's own notes, if it is TRUSTED.
   };
   const blocks = pemBlocks(text, /^(X509 |TRUSTED )?CERTIFICATE$/);
   const found = attempt(() => blocks.map(parse), `${name} holds a damaged certificate; export it again`);
@@ -245,12 +232,11 @@ function chainOf(socket: NodeSocket): Certificate[] {
 }
 
 /**
- * Whether one of `authorities` vouches for the first of `chain`, for `purpose`. `node:tls` checks this too, but not always
- * (2.9.6): for a certificate of version 1 or with an odd encoding it compares names and no signatures, so that anybody can
- * make one. And it does not ask again when a client resumes a session, even if another server began that session, or
- * turned its certificate away.
+ * Whether one of `authorities` vouches for the first of `chain`, for `purpose`. `node:tls` does not always check that
+ * (2.9.6): for a certificate of version 1 or with an odd encoding it compares names and no signatures, and a client that
+ * resumes a session is not asked again, even if the session is another server's or the certificate was turned away.
  */
-function isVouchedFor(chain: Certificate[], { certificates }: Authorities, purpose = CLIENT_PURPOSE): boolean {
+function isVouchedFor(chain: Certificate[], { certificates }: Authorities, purpose: string): boolean {
   let current: Certificate | undefined = chain[0];
   // A certificate with purposes is for no others. The runtime's type lacks the `undefined`.
   const purposes: string[] | undefined = current?.keyUsage;
@@ -369,21 +355,15 @@ function describeCertificate(socket: NodeSocket, certificate: Certificate): Peer
 /** The most bytes to encrypt at once, so that a stalled peer is noticed in the middle of a large write. */
 const WRITE_BYTES = 65_536;
 
-/** The array that an idle connection reads into; a client's hello fits. */
-const MIN_ROOM_BYTES = 2_048;
-
-/** The array that a busy connection reads into: four whole records. */
-const MAX_ROOM_BYTES = 66_560;
+/** The arrays that an idle connection reads into, which a client's hello fits, and a busy one: four whole records. */
+const [MIN_ROOM_BYTES, MAX_ROOM_BYTES] = [2_048, 66_560];
 
 /** Reads in a row that leave most of the array empty before it becomes small again. */
 const SMALL_READS_BEFORE_SHRINKING = 16;
 
 const NO_BYTES: Uint8Array<ArrayBuffer> = new Uint8Array(0);
 
-/**
- * The two ends of a `TLSSocket` at which its own streams begin. To use them, and not `on("data")` and `write()`, makes an
- * echo of 64 B a third faster (2.9.6).
- */
+/** The inner ends of a `TLSSocket`. Without the buffers of its stream an echo of 64 B takes 5 % less time (2.9.6). */
 interface SocketEnds {
   /** The runtime calls it with decrypted bytes, and with `null` for the peer's close_notify. */
   push(bytes: Uint8Array<ArrayBuffer> | null): boolean;
@@ -405,11 +385,11 @@ function closeQuietly(conn: StreamConn): void {
 }
 
 /**
- * A connection with TLS over it. Closing it frees the descriptor whatever the peer does.
+ * A connection with TLS over it. `close()` frees its descriptor whatever the peer does.
  *
- * `node:tls` sees `under` as a `Duplex` of which only the methods that it calls are real: the buffers of a whole one cost a
- * third of the throughput, and lose the alert that tells a peer why its handshake failed. It is not paused, as the runtime
- * would only keep all that arrives; instead nothing is read from `under` unless a reader waits.
+ * `node:tls` sees `under` as a `Duplex` with only the methods that it calls: the buffers of a whole one cost a third of
+ * the throughput, and lose the alert that tells a peer why its handshake failed. If paused, the runtime would keep all
+ * that arrives; so it never is, and nothing is read from `under` unless a reader waits.
  */
 class TlsConn implements StreamConn {
   readonly localAddr: Deno.Addr;
@@ -615,11 +595,9 @@ function lookUnder(conn: StreamConn | undefined): TlsConn | undefined {
 // --- Filters ----------------------------------------------------------------
 
 /**
- * The server's side of TLS: a filter for a server's `filters` and for `upgrade()`, and the object to change its certificate
- * with. Checks the certificates at once, and does nothing else until there is a connection.
- *
- * A failed handshake rejects with one sentence that says why, as `Deno.errors.InvalidData`, or as
- * `Deno.errors.ConnectionReset` if the client left. Put `proxyProtocol()` and `perHost()` in front of it.
+ * Makes the server's side of TLS, a filter for a server's `filters` and for `upgrade()`; put `proxyProtocol()` and
+ * `perHost()` in front of it. Rejects with one sentence on why a handshake fails: `Deno.errors.InvalidData`, or
+ * `ConnectionReset` if the client has left.
  *
  * @throws {Deno.errors.InvalidData} If a certificate or a key cannot be used.
  * @throws {TypeError} If an option does not exist.
@@ -656,20 +634,19 @@ export function tls(options: TlsOptions): TlsFilter {
 }
 
 /**
- * The client's side of TLS: a filter for the `filters` of `connect()` and for `upgrade()`. It fails as {@linkcode tls} does,
- * and if the server's certificate is not valid for `serverName`.
+ * Makes the client's side of TLS, a filter for the `filters` of `connect()` and for `upgrade()`. It fails as that of
+ * {@linkcode tls} does, and with `TypeError` if there is no name to check.
  *
  * @throws {Deno.errors.InvalidData} If a certificate or a key cannot be used.
- * @throws {TypeError} If an option does not exist; the filter throws it if there is no name to check.
+ * @throws {TypeError} If an option does not exist.
  *
  * @example A client with a certificate
  * ```ts
  * import { connect } from "@socketserver/socketserver";
  * import { tlsClient } from "@socketserver/socketserver/tls";
  *
- * function dial(cert: string, key: string) {
- *   return connect({ hostname: "db.example.org", port: 8443, filters: [tlsClient({ cert, key })] });
- * }
+ * const dial = (cert: string, key: string) =>
+ *   connect({ hostname: "db.example.org", port: 8443, filters: [tlsClient({ cert, key })] });
  * ```
  */
 export function tlsClient(options: TlsClientOptions = {}): ConnectionFilter {
@@ -684,7 +661,7 @@ export function tlsClient(options: TlsClientOptions = {}): ConnectionFilter {
   };
 }
 
-/** The result of a stream's TLS handshake; `undefined` without TLS, and for the runtime's own TLS, which tells nothing. */
+/** The result of a stream's TLS handshake; `undefined` without TLS, and for the runtime's own, which tells nothing. */
 export function tlsSessionOf(request: SocketStream): TlsSession | undefined {
   return lookUnder(request.under)?.session;
 }
@@ -695,34 +672,28 @@ export function tlsSessionOf(request: SocketStream): TlsSession | undefined {
 export interface TlsServerAddress extends TcpServerAddress, TlsOptions {}
 
 /**
- * A TCP server with TLS: a `TcpServer` with {@linkcode tls} behind the `filters` of its options. The handshake is over before
- * there is a handler; until then a client counts as one of `maxConnections`, for `handshakeTimeout` at most.
+ * A `TcpServer` with {@linkcode tls} behind the `filters` of its options. A client in its handshake counts as one of
+ * `maxConnections`, for `handshakeTimeout` at most.
  *
  * @example A server that knows its clients by their certificates
  * ```ts
  * import { StreamRequestHandler } from "@socketserver/socketserver";
- * import { TlsServer, type TlsServerAddress, tlsSessionOf } from "@socketserver/socketserver/tls";
+ * import { TlsServer, tlsSessionOf } from "@socketserver/socketserver/tls";
  *
  * class Greeter extends StreamRequestHandler {
  *   override handle() {
- *     const name = tlsSessionOf(this.request)?.peerCertificate?.commonName;
- *     return this.request.send(`hello ${name}\n`);
+ *     return this.request.send(`hello ${tlsSessionOf(this.request)?.peerCertificate?.commonName}\n`);
  *   }
  * }
  *
- * async function serve(certificates: Pick<TlsServerAddress, "cert" | "key" | "clientCa">) {
- *   await new TlsServer({ port: 8443, ...certificates }, Greeter).serveForever();
- * }
+ * const serve = (cert: string, key: string, clientCa: string) =>
+ *   new TlsServer({ port: 8443, cert, key, clientCa }, Greeter).serveForever();
  * ```
  */
 export class TlsServer extends TcpServer {
   readonly #filter: TlsFilter;
 
-  /**
-   * Checks the options and the certificates; opens nothing.
-   *
-   * @throws {Deno.errors.InvalidData} If a certificate or a key cannot be used.
-   */
+  /** Opens nothing. Throws `Deno.errors.InvalidData` if a certificate or a key cannot be used. */
   constructor(address: TlsServerAddress, Handler: StreamRequestHandlerClass, options: ServerOptions = {}) {
     const { cert, key, clientCa, alpnProtocols, ...tcp } = address;
     const filter = tls({ cert, key, clientCa, alpnProtocols });
@@ -740,21 +711,17 @@ export class TlsServer extends TcpServer {
 export interface NativeTlsServerAddress extends Omit<TcpServerAddress, "loadBalanced">, TlsCertificate {}
 
 /**
- * A TCP server with the runtime's own TLS (`Deno.listenTls`): the fastest, for networks that you trust.
+ * A `TcpServer` with the runtime's own TLS (`Deno.listenTls`), for networks that you trust, or behind a balancer.
  *
  * Its limits are the runtime's (2.9.6). A peer that stalls or does not read keeps its descriptor until it leaves, although
- * the server has closed the connection: hostile peers can use up all descriptors. There are no client certificates, no ALPN,
- * no new certificate without a restart, no filter in front of TLS, and {@linkcode tlsSessionOf} tells nothing. `filters` of
- * the options run behind the handshake. A {@linkcode TlsServer} has none of these limits.
+ * the server has closed the connection: hostile peers can use up all descriptors. There are no client certificates, no
+ * STARTTLS, no ALPN, no new certificate without a restart, no `noDelay`, no filter in front of the handshake (`filters` run
+ * behind it), and {@linkcode tlsSessionOf} tells nothing. A {@linkcode TlsServer} has none of these limits.
  */
 export class NativeTlsServer extends TcpServer {
   readonly #wanted: Deno.ListenTlsOptions & Deno.TlsCertifiedKeyPem;
 
-  /**
-   * Checks the options and the certificate; opens nothing.
-   *
-   * @throws {Deno.errors.InvalidData} If the certificate or the key cannot be used.
-   */
+  /** Opens nothing. Throws `Deno.errors.InvalidData` if the certificate or the key cannot be used. */
   constructor(address: NativeTlsServerAddress, Handler: StreamRequestHandlerClass, options: ServerOptions = {}) {
     const { cert, key, ...tcp } = address;
     super(tcp, Handler, { ...options, filters: [nativeHandshake, ...options.filters ?? []] });
