@@ -1,7 +1,7 @@
 /**
- * TLS for servers and streams. {@linkcode TlsServer} and the filters {@linkcode tls} and {@linkcode tlsClient} have client
- * certificates and STARTTLS, over `node:tls`. {@linkcode NativeTlsServer} is faster, for networks that you trust. A client
- * that only wants TLS uses `connect({ tls: true })`, without this module.
+ * TLS for servers and streams. {@linkcode TlsServer} and the filters {@linkcode tls} and {@linkcode tlsClient} have
+ * client certificates and STARTTLS, over `node:tls`. {@linkcode NativeTlsServer} is faster, for networks that you trust.
+ * A client that only wants TLS uses `connect({ tls: true })`, without this module.
  *
  * @module
  */
@@ -37,7 +37,7 @@ export interface TlsOptions extends TlsCertificate {
   alpnProtocols?: string[] | undefined;
 }
 
-/** Options of {@linkcode tlsClient}; `cert` and `key` are the client's own. The server's certificate is always checked. */
+/** Options of {@linkcode tlsClient}; `cert` and `key` are the client's own. The server's is always checked. */
 export interface TlsClientOptions extends Partial<TlsCertificate> {
   /** Authorities to trust, in PEM form; by default those that the runtime trusts. */
   caCerts?: string[] | undefined;
@@ -49,7 +49,7 @@ export interface TlsClientOptions extends Partial<TlsCertificate> {
 
 /** The server's side of TLS, made by {@linkcode tls}: a filter for `filters` and `upgrade()`. */
 export interface TlsFilter extends ConnectionFilter {
-  /** Replaces the certificate for later connections. Throws `InvalidData` if it cannot be used, and keeps the old one. */
+  /** Replaces the certificate for later connections; throws `InvalidData` if it cannot be used, and keeps the old one. */
   setCertificate(certificate: TlsCertificate): void;
 }
 
@@ -156,9 +156,6 @@ interface Authorities {
 /** Certificates between a peer's and an authority's; real chains have three at most. */
 const MAX_CHAIN_LENGTH = 8;
 
-/** Purposes of a certificate; RFC 5280, 4.2.1.12. */
-const [SERVER_PURPOSE, CLIENT_PURPOSE] = ["1.3.6.1.5.5.7.3.1", "1.3.6.1.5.5.7.3.2"];
-
 /** The PEM blocks of `text` whose label fits. */
 function pemBlocks(text: string, label: RegExp): string[] {
   const blocks = text.matchAll(/-----BEGIN ([A-Z0-9 ]+)-----[^]*?-----END \1-----/g);
@@ -232,15 +229,11 @@ function chainOf(socket: NodeSocket): Certificate[] {
 }
 
 /**
- * Whether one of `authorities` vouches for the first of `chain`, for `purpose`. `node:tls` does not always check that
- * (2.9.6): for a certificate of version 1 or with an odd encoding it compares names and no signatures, and a client that
- * resumes a session is not asked again, even if the session is another server's or the certificate was turned away.
+ * Whether one of `authorities` vouches for the first of `chain`. `node:tls` does not always check that (2.9.6): for a server's
+ * certificate of version 1 or with an odd encoding it compares names and no signatures.
  */
-function isVouchedFor(chain: Certificate[], { certificates }: Authorities, purpose: string): boolean {
+function isVouchedFor(chain: Certificate[], { certificates }: Authorities): boolean {
   let current: Certificate | undefined = chain[0];
-  // A certificate with purposes is for no others. The runtime's type lacks the `undefined`.
-  const purposes: string[] | undefined = current?.keyUsage;
-  if (purposes !== undefined && !purposes.includes(purpose)) return false;
   for (let links = 0; current !== undefined && links < MAX_CHAIN_LENGTH; links++) {
     if (!isInForce(current)) return false;
     const issued: Certificate = current;
@@ -273,13 +266,15 @@ function contentStart(der: Uint8Array, at: number): number {
 type NodeSocket = import("node:tls").TLSSocket;
 type Duplex = import("node:stream").Duplex;
 
-/** What a handshake takes, checked. */
+/** The checked options of one handshake. */
 interface Settings {
   readonly identity?: TlsCertificate | undefined;
   readonly authorities?: Authorities | undefined;
   readonly alpnProtocols?: string[] | undefined;
   /** The name that the server must have; `undefined` on the server's side. */
   readonly serverName?: string;
+  /** The certificates that this server has admitted, by their fingerprints. */
+  readonly admitted?: Set<string>;
 }
 
 /** Begins a handshake over `transport`; later calls `secured`, or `failed` at least once. */
@@ -313,14 +308,24 @@ function rejectionOf(socket: NodeSocket): Error | undefined {
   return typeof code === "string" ? Object.assign(new Error(code), { code }) : undefined;
 }
 
-/** Throws unless the peer of a finished handshake has the certificate that it needs. */
-function judgePeer(socket: NodeSocket, { authorities, serverName }: Settings): Certificate | undefined {
+/**
+ * Throws unless the peer of a finished handshake has the certificate that it needs. `node:tls` does not ask a client again
+ * that resumes a session, even if the session is another server's, or its certificate was turned away (2.9.6).
+ */
+function judgePeer(
+  socket: NodeSocket,
+  { authorities, serverName, admitted }: Settings,
+): Certificate | undefined {
   if (authorities === undefined && serverName === undefined) return undefined;
   const chain = chainOf(socket);
-  const purpose = serverName === undefined ? CLIENT_PURPOSE : SERVER_PURPOSE;
-  const isTrusted = authorities === undefined || isVouchedFor(chain, authorities, purpose);
-  if (socket.authorized && chain[0] !== undefined && isTrusted) return chain[0];
-  throw invalid("Cannot begin TLS: the peer's certificate is not valid, or from no trusted authority");
+  const [own] = chain;
+  const isTrusted = authorities === undefined || isVouchedFor(chain, authorities);
+  const isUnasked = socket.isSessionReused() && admitted?.has(own?.fingerprint256 ?? "") === false;
+  if (own === undefined || !socket.authorized || !isTrusted || isUnasked) {
+    throw invalid("Cannot begin TLS: the peer's certificate is not valid, or from no trusted authority");
+  }
+  admitted?.add(own.fingerprint256);
+  return own;
 }
 
 function describeSession(socket: NodeSocket, peer: Certificate | undefined, isTruncated: () => boolean): TlsSession {
@@ -527,10 +532,10 @@ class TlsConn implements StreamConn {
     else if (this.#smallReads > SMALL_READS_BEFORE_SHRINKING) this.#room = new Uint8Array(MIN_ROOM_BYTES);
   }
 
-  /** `under` has ended. */
+  /** Notes the end of `under`. */
   #noteEnd(): void {
     if (this.#socket === undefined) return this.#onFailure(new Deno.errors.UnexpectedEof("unexpected end of file"));
-    this.#isTruncated = !this.#hasEnded;
+    this.#isTruncated = true; // After a close_notify nothing is read any more.
     this.#receive(null);
   }
 
@@ -597,7 +602,7 @@ function lookUnder(conn: StreamConn | undefined): TlsConn | undefined {
 /**
  * Makes the server's side of TLS, a filter for a server's `filters` and for `upgrade()`; put `proxyProtocol()` and
  * `perHost()` in front of it. Rejects with one sentence on why a handshake fails: `Deno.errors.InvalidData`, or
- * `ConnectionReset` if the client has left.
+ * `ConnectionReset` if the client left.
  *
  * @throws {Deno.errors.InvalidData} If a certificate or a key cannot be used.
  * @throws {TypeError} If an option does not exist.
@@ -623,9 +628,10 @@ export function tls(options: TlsOptions): TlsFilter {
   checkNames("tls()", options, ["cert", "key", "clientCa", "alpnProtocols"]);
   const { clientCa, alpnProtocols } = options;
   const authorities = readAuthorities("clientCa", clientCa);
+  const admitted = new Set<string>();
   let identity = readCertificate(options);
   const filter = (conn: StreamConn, { signal }: FilterContext) =>
-    TlsConn.open(conn, { identity, authorities, alpnProtocols }, signal);
+    TlsConn.open(conn, { identity, authorities, alpnProtocols, admitted }, signal);
   return Object.assign(filter, {
     setCertificate(certificate: TlsCertificate) {
       identity = readCertificate(certificate);
@@ -713,10 +719,11 @@ export interface NativeTlsServerAddress extends Omit<TcpServerAddress, "loadBala
 /**
  * A `TcpServer` with the runtime's own TLS (`Deno.listenTls`), for networks that you trust, or behind a balancer.
  *
- * Its limits are the runtime's (2.9.6). A peer that stalls or does not read keeps its descriptor until it leaves, although
- * the server has closed the connection: hostile peers can use up all descriptors. There are no client certificates, no
- * STARTTLS, no ALPN, no new certificate without a restart, no `noDelay`, no filter in front of the handshake (`filters` run
- * behind it), and {@linkcode tlsSessionOf} tells nothing. A {@linkcode TlsServer} has none of these limits.
+ * Its limits are the runtime's (2.9.6). A peer that stalls or does not read keeps its descriptor until it leaves,
+ * although the server has closed the connection: hostile peers can use up all descriptors. There are no client
+ * certificates, no STARTTLS, no ALPN, no new certificate without a restart, no `noDelay`, no filter in front of the
+ * handshake (`filters` run behind it), and {@linkcode tlsSessionOf} tells nothing. A {@linkcode TlsServer} has none of
+ * these limits.
  */
 export class NativeTlsServer extends TcpServer {
   readonly #wanted: Deno.ListenTlsOptions & Deno.TlsCertifiedKeyPem;
