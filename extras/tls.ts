@@ -1,7 +1,7 @@
 /**
  * TLS for servers and streams. {@linkcode TlsServer} and the filters {@linkcode tls} and {@linkcode tlsClient} have
- * client certificates and STARTTLS, over `node:tls`. {@linkcode NativeTlsServer} is faster, for networks that you trust.
- * A client that only wants TLS uses `connect({ tls: true })`, without this module.
+ * client certificates and STARTTLS, over `node:tls`. {@linkcode NativeTlsServer} is faster, for networks you trust. A
+ * client that only wants TLS uses `connect({ tls: true })`, without this module.
  *
  * @module
  */
@@ -49,7 +49,7 @@ export interface TlsClientOptions extends Partial<TlsCertificate> {
 
 /** The server's side of TLS, made by {@linkcode tls}: a filter for `filters` and `upgrade()`. */
 export interface TlsFilter extends ConnectionFilter {
-  /** Replaces the certificate for later connections; throws `InvalidData` if it cannot be used, and keeps the old one. */
+  /** Replaces the certificate for later connections. Throws `InvalidData` and keeps the old one if the new one is bad. */
   setCertificate(certificate: TlsCertificate): void;
 }
 
@@ -229,8 +229,8 @@ function chainOf(socket: NodeSocket): Certificate[] {
 }
 
 /**
- * Whether one of `authorities` vouches for the first of `chain`. `node:tls` does not always check that (2.9.6): for a server's
- * certificate of version 1 or with an odd encoding it compares names and no signatures.
+ * Whether one of `authorities` vouches for the first of `chain`. `node:tls` does not always check that (2.9.6): for a
+ * server's certificate of version 1 or with an odd encoding it compares names and no signatures.
  */
 function isVouchedFor(chain: Certificate[], { certificates }: Authorities): boolean {
   let current: Certificate | undefined = chain[0];
@@ -309,8 +309,8 @@ function rejectionOf(socket: NodeSocket): Error | undefined {
 }
 
 /**
- * Throws unless the peer of a finished handshake has the certificate that it needs. `node:tls` does not ask a client again
- * that resumes a session, even if the session is another server's, or its certificate was turned away (2.9.6).
+ * Throws unless the peer of a finished handshake has the certificate that it needs. `node:tls` does not ask a client
+ * again that resumes a session, even if the session is another server's, or its certificate was turned away (2.9.6).
  */
 function judgePeer(
   socket: NodeSocket,

@@ -1,7 +1,7 @@
 /** Certificates: what can serve, what is refused and why, who is trusted, and why handshakes fail. */
 
 import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../../deps.ts";
-import { connect, socketPair, type SocketStream } from "../../mod.ts";
+import { connect, socketPair, type SocketStream, type StreamConn } from "../../mod.ts";
 import { NativeTlsServer, tls, tlsClient, type TlsClientOptions, TlsServer, tlsSessionOf } from "../../extras/tls.ts";
 import type { TlsCertificate, TlsServerAddress } from "../../extras/tls.ts";
 import { type Certificates, openssl, selfSigned } from "../certificates.ts";
@@ -280,6 +280,29 @@ for (const [what, args, address, sentence] of FAILURES) {
     }, { address });
   });
 }
+
+/** A filter whose writes begin in the next turn of the event loop. */
+function slowToWrite(conn: StreamConn): StreamConn {
+  const { localAddr, remoteAddr } = conn;
+  return {
+    ...{ under: conn, localAddr, remoteAddr },
+    read: (into) => conn.read(into),
+    write: async (data) => {
+      await new Promise<void>((resolve) => setImmediate(resolve));
+      return await conn.write(data);
+    },
+    closeWrite: () => conn.closeWrite(),
+    close: () => conn.close(),
+  };
+}
+
+tlsTest("an alert reaches its client also through a filter that takes a moment to write", async (certificates) => {
+  await serving(certificates, Echo, async (_server, port) => {
+    const args = ["s_client", "-connect", `127.0.0.1:${port}`, "-alpn", "http/1.1"];
+    await using program = Program.start("openssl", args);
+    assertMatch((await program.ended()).stderr, /alert no application protocol/);
+  }, { address: { alpnProtocols: ["echo/1"] }, filters: [slowToWrite] });
+});
 
 tlsTest("a client tells a server that it distrusts why, by an alert", async (certificates) => {
   await serving(certificates, Echo, async (server, port) => {
