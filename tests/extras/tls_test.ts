@@ -2,9 +2,10 @@
 
 import { assert, assertEquals, assertMatch } from "../../deps.ts";
 import { connect, IncompleteReadError, socketPair, StreamRequestHandler, TcpServer } from "../../mod.ts";
+import type { ConnectionFilter, SocketStream, StreamConn } from "../../mod.ts";
 import { tls, tlsClient, tlsSessionOf } from "../../extras/tls.ts";
 import type { Certificates } from "../certificates.ts";
-import { pattern } from "../fake_conn.ts";
+import { brokenPipe, isPending, pattern } from "../fake_conn.ts";
 import { Program } from "../programs.ts";
 import { Echo, rejectionOf, until } from "../testing.ts";
 import { dial, pythonClient, serving, tlsTest, Watched } from "./tls_peers.ts";
@@ -85,6 +86,61 @@ tlsTest("either side may end its half first and still read the other", async (ce
     await until(() => server.stats.active === 0);
     assertEquals(server.stats.errors, 0);
   });
+});
+
+/** The two ends of a handshake over a pair in memory; the client's encrypted bytes go through `write`. */
+async function securedPair(
+  { ca, server: { cert, key } }: Certificates,
+  write: (data: Uint8Array, conn: StreamConn) => Promise<number>,
+): Promise<[client: SocketStream, server: SocketStream]> {
+  const [client, server] = socketPair();
+  const { localAddr, remoteAddr } = client.under;
+  const through: ConnectionFilter = (conn) => ({
+    ...{ under: conn, localAddr, remoteAddr },
+    read: (into) => conn.read(into),
+    write: (data) => write(data, conn),
+    closeWrite: () => conn.closeWrite(),
+    close: () => conn.close(),
+  });
+  await client.upgrade(through);
+  const caCerts = [ca.cert];
+  await Promise.all([
+    client.upgrade(tlsClient({ serverName: "localhost", caCerts })),
+    server.upgrade(tls({ cert, key })),
+  ]);
+  return [client, server];
+}
+
+tlsTest("closeWrite() waits until the close_notify has left, which may go in parts", async (certificates) => {
+  let gate = Promise.resolve();
+  const [client, server] = await securedPair(certificates, async (data, conn) => {
+    await gate;
+    return await conn.write(data.subarray(0, 1));
+  });
+  const { promise, resolve } = Promise.withResolvers<void>();
+  gate = promise;
+  const ended = client.closeWrite();
+  assert(await isPending(ended));
+  resolve();
+  await ended;
+  assertEquals(await server.recv(), null);
+  assertEquals(tlsSessionOf(server)?.truncated, false);
+  client.close();
+  server.close();
+});
+
+tlsTest("closeWrite() and a write reject if the encrypted bytes cannot leave", async (certificates) => {
+  for (const call of ["closeWrite", "send"] as const) {
+    let failure: Error | undefined;
+    const [client, server] = await securedPair(certificates, (data, conn) => {
+      return failure === undefined ? conn.write(data) : Promise.reject(failure);
+    });
+    failure = brokenPipe();
+    assertEquals(await rejectionOf(client[call]("x")), failure);
+    assertEquals(await rejectionOf(client.recv()), failure);
+    client.close();
+    server.close();
+  }
 });
 
 tlsTest("reading a message that the peer did not end says so", async (certificates) => {
@@ -389,13 +445,23 @@ tlsTest("close() ends an upgrade that waits", async ({ server: { cert, key } }) 
   theirs.close();
 });
 
-tlsTest("a filter that is aborted before it begins sends nothing and closes the connection", async (certificates) => {
-  const { cert, key } = certificates.server;
-  const [ours, theirs] = socketPair();
-  const reason = new TypeError("enough");
-  const context = { signal: AbortSignal.abort(reason), onEnd() {} };
-  assertEquals(await rejectionOf(Promise.resolve(tls({ cert, key })(ours.under, context))), reason);
-  assertEquals(await theirs.recv(), null);
-  ours.close();
-  theirs.close();
-});
+for (const when of ["before", "during"] as const) {
+  tlsTest(
+    `a filter that is aborted ${when} its handshake rejects with the reason and closes the connection`,
+    async (certificates) => {
+      const { cert, key } = certificates.server;
+      const [ours, theirs] = socketPair();
+      const controller = new AbortController();
+      const reason = new TypeError("enough");
+      if (when === "before") controller.abort(reason);
+      const failed = rejectionOf(
+        Promise.resolve(tls({ cert, key })(ours.under, { signal: controller.signal, onEnd() {} })),
+      );
+      controller.abort(reason);
+      assertEquals(await failed, reason);
+      assertEquals(await theirs.recv(), null);
+      ours.close();
+      theirs.close();
+    },
+  );
+}
