@@ -131,11 +131,12 @@ tlsTest("closeWrite() waits until the close_notify has left, which may go in par
 
 tlsTest("closeWrite() and a write reject if the encrypted bytes cannot leave", async (certificates) => {
   for (const call of ["closeWrite", "send"] as const) {
-    let failure: Error | undefined;
+    const failure = brokenPipe();
+    let isBroken = false;
     const [client, server] = await securedPair(certificates, (data, conn) => {
-      return failure === undefined ? conn.write(data) : Promise.reject(failure);
+      return isBroken ? Promise.reject(failure) : conn.write(data);
     });
-    failure = brokenPipe();
+    isBroken = true;
     assertEquals(await rejectionOf(client[call]("x")), failure);
     assertEquals(await rejectionOf(client.recv()), failure);
     client.close();
