@@ -49,7 +49,7 @@ export interface TlsClientOptions extends Partial<TlsCertificate> {
 
 /** The server's side of TLS, made by {@linkcode tls}: a filter for `filters` and `upgrade()`. */
 export interface TlsFilter extends ConnectionFilter {
-  /** Replaces the certificate for later connections. Throws `InvalidData` and keeps the old one if the new one is bad. */
+  /** Replaces the certificate for later connections; throws `InvalidData` if it is bad, and keeps the old one. */
   setCertificate(certificate: TlsCertificate): void;
 }
 
