@@ -20,12 +20,12 @@ async function converse(server: Server, lines: Lines, print: Print, prompt?: Pro
   try {
     for await (const line of lines) {
       await server.send(line);
-      if (prompt === undefined) await server.answered();
+      if (prompt === undefined || server.isUdp) await server.answered();
     }
     await server.end();
     if (prompt !== undefined) setTimeout(() => Deno.exit(0), PARTING_MS);
   } finally {
-    await hearing; // All that came is printed first. Its error says more than that of a line that was not sent.
+    await hearing; // All that came is printed first. Why nothing comes says more than that a line could not be sent.
   }
 }
 
@@ -34,42 +34,53 @@ const PARTING_MS = 1_000;
 
 /** The server, which is heard while lines are sent to it. */
 class Server {
-  /** The next line has no line end, for which a server of lines would wait. */
-  isLast = false;
+  readonly isUdp: boolean;
   readonly #peer: SocketStream | DatagramClient;
-  #asked = 0;
-  #answered = 0;
+  readonly #lineEnd: string;
+  readonly #isHalfDuplex: boolean;
+  #isAsked = false;
   #isSending = false;
   #isEnding = false;
   #isOver = false;
-  /** Wakes up who waits for an answer. */
   #wake = () => {};
 
-  constructor(peer: SocketStream | DatagramClient) {
-    this.#peer = peer;
+  /** @param isHalfDuplex A Unix datagram socket of Deno cannot send while it waits to receive. */
+  constructor(peer: SocketStream | DatagramClient, lineEnd: string, isHalfDuplex: boolean) {
+    [this.#peer, this.#lineEnd, this.#isHalfDuplex] = [peer, lineEnd, isHalfDuplex];
+    this.isUdp = peer instanceof DatagramClient;
   }
 
   async send(line: string | Uint8Array): Promise<void> {
-    if (line.length === 0 && this.#peer instanceof SocketStream) return; // Nothing would answer it.
-    this.#asked++;
-    this.#isSending = true;
-    await this.#peer.send(line);
-    this.#isSending = false;
-    if (this.isLast) await this.end();
+    if (line.length === 0 && !this.isUdp) return; // Nothing would answer it.
+    this.#isAsked = this.#isSending = true;
+    try {
+      await this.#peer.send(line);
+      // A server of lines waits for the end of the last one.
+      if (this.#lineEnd !== "" && line.at(-1) !== "\n" && line.at(-1) !== LINE_FEED) await this.end();
+    } catch (error) {
+      if (this.isUdp) await this.end(); // What was sent before has been answered.
+      throw error;
+    } finally {
+      this.#isSending = false;
+      this.#wake();
+    }
   }
 
-  /** Resolves when all lines have an answer; rejects if there will be none. */
+  /** Resolves when something has come since a line was sent; rejects if nothing will. */
   async answered(): Promise<void> {
-    while (this.#answered < this.#asked && !this.#isOver) await new Promise<void>((resolve) => this.#wake = resolve);
-    if (this.#answered < this.#asked) throw new Error("the server closed the connection before it answered");
+    while (this.#isAsked && !this.#isOver) await this.#news();
+    if (this.#isAsked) throw new Error("the server closed the connection before it answered");
   }
 
-  /** Prints what comes until the server ends; with datagrams, until `end()` was called and all is answered. */
+  #news(): Promise<void> {
+    return new Promise((resolve) => this.#wake = resolve);
+  }
+
+  /** Prints what comes until the server ends; with datagrams, until `end()`. */
   async hear(print: Print): Promise<void> {
     try {
       for (let data; (data = await this.#recv()) !== null; this.#wake()) {
-        // The first chunk counts: only a datagram shows where an answer ends.
-        this.#answered = this.#peer instanceof SocketStream ? this.#asked : this.#answered + 1;
+        this.#isAsked = false;
         await print(data);
       }
     } finally {
@@ -79,34 +90,33 @@ class Server {
   }
 
   async #recv(): Promise<Uint8Array | null> {
-    while (!this.#isDone) {
-      const isAsked = this.#answered < this.#asked && !this.#isSending;
+    while (!this.#isOver) {
+      const isLate = this.#isAsked && !this.#isSending;
       try {
-        return await this.#peer.recv();
+        if (isLate || !this.#isHalfDuplex) return await this.#peer.recv();
+        await this.#news();
       } catch (error) {
-        if (this.#isDone) break;
+        if (this.#isOver) break;
         if (!(error instanceof Deno.errors.TimedOut)) throw error;
-        if (isAsked) throw new Error("no answer came within --timeout");
-        if (this.#isEnding) break; // All is answered, and the server keeps the connection open.
+        if (isLate) throw new Error("no answer came within --timeout");
+        if (this.#isEnding && !this.#isAsked) break; // The server keeps the connection open.
       }
     }
     return null;
   }
 
-  get #isDone(): boolean {
-    return this.#peer instanceof DatagramClient && this.#isEnding && this.#answered >= this.#asked;
-  }
-
   /** No more is sent; what was asked may still be answered. */
   async end(): Promise<void> {
     this.#isEnding = true;
-    if (this.#peer instanceof SocketStream) await this.#peer.closeWrite().catch(() => {}); // hear() tells.
-    else if (this.#isDone) this.#peer.close();
+    if (this.#peer instanceof SocketStream) return await this.#peer.closeWrite().catch(() => {}); // hear() tells.
+    this.#isOver = true;
+    this.#peer.close();
+    this.#wake();
   }
 }
 
 /** The lines of standard input, byte by byte as they are. With a `prompt` each is asked for, and an empty one ends. */
-async function* inputLines(server: Server, lineEnd: string, prompt: string): AsyncGenerator<Uint8Array> {
+async function* inputLines(lineEnd: string, prompt: string): AsyncGenerator<Uint8Array> {
   const localAddr: Deno.Addr = { transport: "unix", path: "" };
   const conn = {
     ...{ localAddr, remoteAddr: localAddr, close: () => {}, closeWrite: () => Promise.resolve() },
@@ -114,15 +124,13 @@ async function* inputLines(server: Server, lineEnd: string, prompt: string): Asy
   };
   const input = new SocketStream(conn, { limit: Infinity });
   try {
-    for (;;) {
+    for (let line;; yield lineEnd === "" ? line.subarray(0, -1) : line) {
       Deno.stdout.writeSync(new TextEncoder().encode(prompt));
-      const line = await input.readUntil("\n");
+      line = await input.readUntil("\n");
       if (line === null || prompt !== "" && line.length === 1) return;
-      yield lineEnd === "" ? line.subarray(0, -1) : line;
     }
   } catch (error) {
     if (!(error instanceof IncompleteReadError)) throw error;
-    server.isLast = true;
     yield error.partial;
   }
 }
@@ -130,12 +138,10 @@ async function* inputLines(server: Server, lineEnd: string, prompt: string): Asy
 /** Makes what comes fit to print: a terminal would obey control characters, and a datagram may lack a line end. */
 function fit(print: Print, isUdp: boolean): Print {
   const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-  const safe = (data: Uint8Array) => {
-    const text = decoder.decode(data, { stream: !isUdp }).replaceAll("\r\n", "\n");
-    return new TextEncoder().encode(text.replace(/[^\n\t]+/g, printable));
-  };
+  const isTerminal = Deno.stdout.isTerminal();
   return (data) => {
-    const shown = Deno.stdout.isTerminal() ? safe(data) : data;
+    const text = isTerminal ? decoder.decode(data, { stream: !isUdp }).replaceAll("\r\n", "\n") : "";
+    const shown = isTerminal ? new TextEncoder().encode(text.replace(/[^\n\t]+/g, printable)) : data;
     return print(isUdp && shown.at(-1) !== LINE_FEED ? new Uint8Array([...shown, LINE_FEED]) : shown);
   };
 }
@@ -275,9 +281,9 @@ async function main(args: string[]): Promise<void> {
   if (flags.has("version")) return console.log("client.ts 0.1.0");
   const isPerson = others.length === 0 && Deno.stdin.isTerminal() && Deno.stdout.isTerminal();
   const lineEnd = flags.has("udp") || flags.has("no-newline") ? "" : "\n";
-  const peer = await reach(flags);
+  using peer = await reach(flags);
   if (isPerson && peer instanceof SocketStream) peer.timeout = Infinity; // A person may think for as long as they like.
-  const server = new Server(peer);
+  const server = new Server(peer, lineEnd, flags.has("unix") && flags.has("udp"));
   const editor = isPerson ? await loadEditor() : undefined;
   if (editor === undefined) {
     const output = Deno.stdout.writable.getWriter();
@@ -285,7 +291,7 @@ async function main(args: string[]): Promise<void> {
     const print = fit((data) => output.write(data).catch(closed), flags.has("udp"));
     await converse(
       server,
-      others.length > 0 ? others.map((text) => text + lineEnd) : inputLines(server, lineEnd, isPerson ? PROMPT : ""),
+      others.length > 0 ? others.map((text) => text + lineEnd) : inputLines(lineEnd, isPerson ? PROMPT : ""),
       print,
     );
   } else {
@@ -293,7 +299,9 @@ async function main(args: string[]): Promise<void> {
     const print = fit((data) => prompt.print(data), flags.has("udp"));
     await converse(server, prompt.lines(lineEnd, flags.has("keep-open")), print, prompt);
   }
-  Deno.exit(0);
 }
 
-if (import.meta.main) await runScript("client.ts", main);
+if (import.meta.main) {
+  await runScript("client.ts", main);
+  Deno.exit(0); // A read of standard input may still wait.
+}

@@ -53,7 +53,8 @@ class StampLines extends Stamp {
 class StampDatagram extends DatagramRequestHandler {
   override async handle() {
     say("...datagram from: ", formatAddress(this.clientAddress));
-    await this.request.reply(new Uint8Array([...new TextEncoder().encode(stamp()), ...this.request.data]));
+    const answer = new Uint8Array([...new TextEncoder().encode(stamp()), ...this.request.data]);
+    await this.request.reply(answer).catch(({ message }) => console.error("server.ts: %s", message)); // It may be too long.
   }
 }
 
