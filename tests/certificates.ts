@@ -28,6 +28,12 @@ export interface Certificates {
   rogue: Identity;
   /** Of a client, over since yesterday. */
   expired: Identity;
+  /** An authority between the real one and `chained`. */
+  intermediate: Identity;
+  /** For `localhost` and 127.0.0.1, by `intermediate`. */
+  chained: Identity;
+  /** Of a client, but for servers only. */
+  serverOnly: Identity;
   /** For `localhost`, of version 1, with the authority's name and somebody else's signature. */
   forged: Identity;
 }
@@ -55,30 +61,36 @@ async function writtenTo(folder: string, certificates: Certificates): Promise<Ce
     await Deno.writeTextFile(keyFile, key);
     return { cert, key, certFile, keyFile };
   };
-  const { ca, server, renewed, alice, rogue, expired, forged } = certificates;
+  const written = (name: keyof Certificates) => write(name, certificates[name]);
   return {
-    ca: await write("ca", ca),
-    server: await write("server", server),
-    renewed: await write("renewed", renewed),
-    alice: await write("alice", alice),
-    rogue: await write("rogue", rogue),
-    expired: await write("expired", expired),
-    forged: await write("forged", forged),
+    ca: await written("ca"),
+    server: await written("server"),
+    renewed: await written("renewed"),
+    alice: await written("alice"),
+    rogue: await written("rogue"),
+    expired: await written("expired"),
+    forged: await written("forged"),
+    intermediate: await written("intermediate"),
+    chained: await written("chained"),
+    serverOnly: await written("serverOnly"),
   };
 }
 
 async function makeAll(folder: string): Promise<Certificates> {
   const ca = await makeAuthority(folder, "ca");
   const impostor = await makeAuthority(folder, "impostor");
-  const [server, renewed, alice, rogue, expired, forged] = await Promise.all([
+  const [server, renewed, alice, rogue, expired, forged, intermediate, serverOnly] = await Promise.all([
     issue(folder, ca, "server", { extensions: [LEAF, NAMES] }),
     issue(folder, ca, "renewed", { extensions: [LEAF, NAMES] }),
     issue(folder, ca, "alice", { extensions: [LEAF] }),
     issue(folder, impostor, "rogue", { extensions: [LEAF] }),
-    issue(folder, ca, "expired", { extensions: [LEAF], days: -1 }),
+    issue(folder, ca, "expired", { extensions: [LEAF, NAMES], days: -1 }),
     issue(folder, impostor, "localhost", { extensions: [] }),
+    issue(folder, ca, "intermediate", { extensions: ["basicConstraints=critical,CA:TRUE"] }),
+    issue(folder, ca, "serverOnly", { extensions: [LEAF, "extendedKeyUsage=serverAuth"] }),
   ]);
-  return { ca, server, renewed, alice, rogue, expired, forged };
+  const chained = await issue(folder, intermediate, "chained", { extensions: [LEAF, NAMES] });
+  return { ca, server, renewed, alice, rogue, expired, forged, intermediate, chained, serverOnly };
 }
 
 async function makeAuthority(folder: string, name: string): Promise<Identity> {
@@ -113,8 +125,18 @@ async function read(certFile: string, keyFile: string): Promise<Identity> {
   return { cert: await Deno.readTextFile(certFile), key: await Deno.readTextFile(keyFile), certFile, keyFile };
 }
 
-async function openssl(...args: string[]): Promise<void> {
+/** What `openssl` prints. */
+export async function openssl(...args: string[]): Promise<string> {
   await using program = Program.start("openssl", args);
-  const { code, stderr } = await program.ended();
+  const { code, stdout, stderr } = await program.ended();
   if (code !== 0) throw new Error(`openssl ${args[0]} failed: ${stderr}`);
+  return stdout;
+}
+
+/** A self-signed certificate for `localhost` with `key`, and that key. */
+export async function selfSigned(folder: string, key: string): Promise<{ cert: string; key: string }> {
+  const keyFile = `${folder}/own.key`;
+  await Deno.writeTextFile(keyFile, key);
+  const names = ["-subj", "/CN=own", "-addext", NAMES, "-addext", LEAF];
+  return { cert: await openssl("req", "-x509", "-key", keyFile, "-days", "3", ...names), key };
 }
