@@ -1,8 +1,6 @@
 /**
  * A server for production, to copy and to change: an echo by line with a log in JSON, health, metrics, the PROXY
  * protocol, and restarts that lose nothing. `../running.md` says how to run it.
- *
- * @module
  */
 
 import { parseArgs } from "node:util";
