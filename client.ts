@@ -1,11 +1,8 @@
 #!/usr/bin/env -S deno run --allow-net=127.0.0.1:8009
-/**
- * The tutorial's client: it sends what is typed, a line at a time, and prints what comes back.
- *
- * @module
- */
+// The tutorial's client: it sends what is typed, a line at a time, and prints what comes back.
 
-import { type FlagTable, parseFlags, readFile, runScript, UsageError, usageOf, wholeNumber } from "./deps.ts";
+import type { Interface } from "node:readline";
+import { type FlagTable, readFile, runScript, UsageError, wholeNumber } from "./deps.ts";
 import { connect, DatagramClient, IncompleteReadError, printable, SocketStream } from "./mod.ts";
 
 // --- The conversation ------------------------------------------------------------
@@ -22,9 +19,9 @@ async function converse(server: Server, lines: Lines, print: Print, prompt?: Pro
       await server.send(line);
       if (prompt === undefined || server.isUdp) await server.answered();
     }
+  } finally {
     await server.end();
     if (prompt !== undefined) setTimeout(() => Deno.exit(0), PARTING_MS);
-  } finally {
     await hearing; // All that came is printed first. Why nothing comes says more than that a line could not be sent.
   }
 }
@@ -37,43 +34,31 @@ class Server {
   readonly isUdp: boolean;
   readonly #peer: SocketStream | DatagramClient;
   readonly #lineEnd: string;
-  readonly #isHalfDuplex: boolean;
+  readonly #isHalfDuplex: boolean; // A Unix datagram socket of Deno cannot send while it waits to receive.
   #isAsked = false;
   #isSending = false;
   #isEnding = false;
   #isOver = false;
   #wake = () => {};
 
-  /** @param isHalfDuplex A Unix datagram socket of Deno cannot send while it waits to receive. */
-  constructor(peer: SocketStream | DatagramClient, lineEnd: string, isHalfDuplex: boolean) {
-    [this.#peer, this.#lineEnd, this.#isHalfDuplex] = [peer, lineEnd, isHalfDuplex];
-    this.isUdp = peer instanceof DatagramClient;
+  constructor(peer: SocketStream | DatagramClient, lineEnd: string, isUnix: boolean) {
+    [this.#peer, this.#lineEnd, this.isUdp] = [peer, lineEnd, peer instanceof DatagramClient];
+    this.#isHalfDuplex = this.isUdp && isUnix;
   }
 
   async send(line: string | Uint8Array): Promise<void> {
     if (line.length === 0 && !this.isUdp) return; // Nothing would answer it.
     this.#isAsked = this.#isSending = true;
-    try {
-      await this.#peer.send(line);
-      // A server of lines waits for the end of the last one.
-      if (this.#lineEnd !== "" && line.at(-1) !== "\n" && line.at(-1) !== LINE_FEED) await this.end();
-    } catch (error) {
-      if (this.isUdp) await this.end(); // What was sent before has been answered.
-      throw error;
-    } finally {
-      this.#isSending = false;
-      this.#wake();
-    }
+    await this.#peer.send(line).finally(() => this.#isSending = false);
+    this.#wake();
+    // A server of lines waits for the end of the last one.
+    if (this.#lineEnd !== "" && line.at(-1) !== "\n" && line.at(-1) !== LINE_FEED) await this.end();
   }
 
   /** Resolves when something has come since a line was sent; rejects if nothing will. */
   async answered(): Promise<void> {
-    while (this.#isAsked && !this.#isOver) await this.#news();
+    while (this.#isAsked && !this.#isOver) await new Promise<void>((resolve) => this.#wake = resolve);
     if (this.#isAsked) throw new Error("the server closed the connection before it answered");
-  }
-
-  #news(): Promise<void> {
-    return new Promise((resolve) => this.#wake = resolve);
   }
 
   /** Prints what comes until the server ends; with datagrams, until `end()`. */
@@ -94,9 +79,9 @@ class Server {
       const isLate = this.#isAsked && !this.#isSending;
       try {
         if (isLate || !this.#isHalfDuplex) return await this.#peer.recv();
-        await this.#news();
+        await new Promise<void>((resolve) => this.#wake = resolve);
       } catch (error) {
-        if (this.#isOver) break;
+        if (this.#isOver || error instanceof Deno.errors.BadResource) break;
         if (!(error instanceof Deno.errors.TimedOut)) throw error;
         if (isLate) throw new Error("no answer came within --timeout");
         if (this.#isEnding && !this.#isAsked) break; // The server keeps the connection open.
@@ -124,10 +109,11 @@ async function* inputLines(lineEnd: string, prompt: string): AsyncGenerator<Uint
   };
   const input = new SocketStream(conn, { limit: Infinity });
   try {
-    for (let line;; yield lineEnd === "" ? line.subarray(0, -1) : line) {
+    for (;;) {
       Deno.stdout.writeSync(new TextEncoder().encode(prompt));
-      line = await input.readUntil("\n");
+      const line = await input.readUntil("\n");
       if (line === null || prompt !== "" && line.length === 1) return;
+      yield lineEnd === "" ? line.subarray(0, -1) : line;
     }
   } catch (error) {
     if (!(error instanceof IncompleteReadError)) throw error;
@@ -146,43 +132,42 @@ function fit(print: Print, isUdp: boolean): Print {
   };
 }
 
-const LINE_FEED = 0x0a;
-
 // --- The prompt ------------------------------------------------------------------
 
 const PROMPT = ">>> ";
+const LINE_FEED = 0x0a;
 
-/** Line editing; `undefined` on a terminal that cannot move its cursor (TERM=dumb). */
-async function loadEditor() {
+/** `undefined` if the terminal cannot move its cursor (TERM=dumb). History stays in memory: it may hold passwords. */
+async function openPrompt(): Promise<Prompt | undefined> {
   const modules = [import("node:readline"), import("node:stream"), import("node:process")] as const;
   const [{ createInterface }, { PassThrough }, { stdout }] = await Promise.all(modules);
   const input = Object.assign(new PassThrough(), { setRawMode: (isRaw: boolean) => Deno.stdin.setRaw(isRaw) });
-  // The history stays in this session: on disk it might betray a password.
   const settings = { prompt: PROMPT, historySize: 1_000, removeHistoryDuplicates: true, terminal: true };
   const probed = new PassThrough(); // Deno's readline sees TERM without a permission.
   createInterface({ input: new PassThrough(), output: probed, ...settings }).prompt();
   if (!String(probed.read()).includes("\x1b")) return undefined;
-  return { editor: createInterface({ input, output: stdout, ...settings }), input, stdout };
+  return new Prompt(createInterface({ input, output: stdout, ...settings }), input, stdout);
 }
 
 /** A prompt with editing and history, above which all else is printed. */
 class Prompt {
-  readonly #terminal: NonNullable<Awaited<ReturnType<typeof loadEditor>>>;
+  readonly #editor: Interface;
+  readonly #input: NodeJS.EventEmitter;
+  readonly #output: NodeJS.WritableStream;
   #isOpen = true;
   #isShown = false;
 
-  constructor(terminal: NonNullable<Awaited<ReturnType<typeof loadEditor>>>) {
-    this.#terminal = terminal;
-    terminal.editor.on("line", () => this.#isShown = false).on("close", () => this.close());
-    // After Ctrl-Z and fg, and when another program has stopped this one.
-    if (Deno.build.os !== "windows") Deno.addSignalListener("SIGCONT", () => this.#ask());
+  constructor(editor: Interface, input: NodeJS.EventEmitter, output: NodeJS.WritableStream) {
+    [this.#editor, this.#input, this.#output] = [editor, input, output];
+    editor.on("line", () => this.#isShown = false).on("close", () => this.close());
+    if (Deno.build.os !== "windows") Deno.addSignalListener("SIGCONT", () => this.#ask()); // After Ctrl-Z and fg.
     this.#readKeys();
   }
 
   /** What is typed, until an empty line (unless `keepOpen`) or `close()`. */
   async *lines(lineEnd: string, keepOpen: boolean): AsyncGenerator<string> {
     this.#ask();
-    for await (const line of this.#terminal.editor) {
+    for await (const line of this.#editor) {
       if (line !== "") yield line + lineEnd;
       else if (!keepOpen) break;
       this.#ask();
@@ -192,12 +177,11 @@ class Prompt {
 
   /** Prints a text, on lines of its own, above the prompt. */
   print(text: Uint8Array): void {
-    const { editor, stdout } = this.#terminal;
-    const rows = this.#isShown ? editor.getCursorPos().rows : 0;
-    if (this.#isShown) stdout.write(`${rows > 0 ? `\x1b[${rows}A` : ""}\r\x1b[J`);
-    stdout.write(text);
-    if (text.length > 0 && text.at(-1) !== LINE_FEED) stdout.write("\n");
-    stdout.write("\n".repeat(rows)); // The prompt goes up again by as many.
+    const rows = this.#isShown ? this.#editor.getCursorPos().rows : 0;
+    if (this.#isShown) this.#output.write(`${rows > 0 ? `\x1b[${rows}A` : ""}\r\x1b[J`);
+    this.#output.write(text);
+    const end = text.length > 0 && text.at(-1) !== LINE_FEED ? "\n" : "";
+    this.#output.write(end + "\n".repeat(rows)); // The prompt goes up again by as many rows.
     if (this.#isShown) this.#ask();
   }
 
@@ -205,15 +189,15 @@ class Prompt {
   close(text = ""): void {
     if (!this.#isOpen) return;
     this.#isOpen = false;
-    this.#terminal.editor.close();
-    this.#terminal.stdout.write(`${this.#isShown ? "\n" : ""}${text}`);
+    this.#editor.close();
+    this.#output.write(`${this.#isShown ? "\n" : ""}${text}`);
   }
 
   #ask(): void {
     this.#isShown = this.#isOpen;
     if (!this.#isOpen) return;
     Deno.stdin.setRaw(true);
-    this.#terminal.editor.prompt(true);
+    this.#editor.prompt(true);
   }
 
   async #readKeys(): Promise<void> {
@@ -225,42 +209,42 @@ class Prompt {
 
   /** Puts in at once what is pasted: for each key readline looks at the whole line, and it takes U+2028 for Enter. */
   #type(keys: string): void {
-    const { editor, input } = this.#terminal;
-    if (keys.length < 16 && !/[\u2028\u2029]/.test(keys)) return void input.emit("data", keys);
-    const { line, cursor } = editor;
-    Object.assign(editor, { line: line.slice(0, cursor) + keys + line.slice(cursor), cursor: cursor + keys.length });
+    if (keys.length < 16 && !/[\u2028\u2029]/.test(keys)) return void this.#input.emit("data", keys);
+    const { line, cursor } = this.#editor;
+    const text = line.slice(0, cursor) + keys + line.slice(cursor);
+    Object.assign(this.#editor, { line: text, cursor: cursor + keys.length });
     this.#ask();
   }
 }
 
 // --- The flags -------------------------------------------------------------------
 
-const FLAGS = {
-  hostname: ["HOST", "the server's name or address (127.0.0.1)"],
-  port: ["PORT", "the server's port (8009)"],
-  unix: ["PATH", "connect to a Unix socket instead, of at most 107 bytes"],
-  udp: ["", "send each line as one datagram, without its line end; needs --unstable-net"],
-  tls: ["", "encrypt with TLS; the server's certificate is checked"],
-  ca: ["FILE", "trust the authority of this certificate, instead of the well-known ones"],
-  timeout: ["MS", "how long to wait for the connection and for an answer (10000)"],
-  retries: ["N", "try so often again when the connection fails (0)"],
-  "keep-open": ["", "an empty line asks again, instead of ending"],
-  "no-newline": ["", "send lines without their line end"],
-  help: ["", "print this"],
-  version: ["", "print the version"],
-} as const satisfies FlagTable<string>;
+const FLAGS = [
+  ["hostname", "HOST", "the server's name or address (127.0.0.1)"],
+  ["port", "PORT", "the server's port (8009)"],
+  ["unix", "PATH", "connect to a Unix socket instead, of at most 107 bytes"],
+  ["udp", "", "send each line as one datagram, without its line end; needs --unstable-net"],
+  ["tls", "", "encrypt with TLS; the server's certificate is checked"],
+  ["ca", "FILE", "trust the authority of this certificate, instead of the well-known ones"],
+  ["timeout", "MS", "how long to wait for the connection and for an answer (10000)"],
+  ["retries", "N", "try so often again when the connection fails (0)"],
+  ["keep-open", "", "an empty line asks again, instead of ending"],
+  ["no-newline", "", "send lines without their line end"],
+  ["help", "", "print this"],
+  ["version", "", "print the version"],
+] as const satisfies FlagTable<string>;
 
 const USAGE = `Sends what is typed, a line at a time, and prints what comes back.
-
 Usage: deno run --allow-net client.ts [FLAG...] [MESSAGE...]
 
-${usageOf(FLAGS)}
+%s
 
-On a terminal an empty line, Ctrl-C or Ctrl-D ends it, and the arrows bring back lines. Piped lines, and MESSAGEs, are
-sent in turn, each when the one before is answered. --unix needs --allow-read=PATH --allow-write=PATH too, and with
---udp it makes a socket beside PATH for the answers; --ca needs --allow-read=FILE.`;
+On a terminal an empty line, Ctrl-C or Ctrl-D ends it. Piped lines, and MESSAGEs, each wait for an answer to the last.
+--unix needs --allow-read=PATH --allow-write=PATH too, and with --udp it makes a socket beside PATH.`;
 
-async function reach(flags: ReadonlyMap<keyof typeof FLAGS, string>): Promise<SocketStream | DatagramClient> {
+type Flags = ReadonlyMap<(typeof FLAGS)[number][0], string>;
+
+async function reach(flags: Flags): Promise<SocketStream | DatagramClient> {
   for (const [flag, other] of [["unix", "port"], ["unix", "hostname"], ["udp", "tls"], ["udp", "retries"]] as const) {
     if (flags.has(flag) && flags.has(other)) throw new UsageError(`--${other} is not for --${flag}`);
   }
@@ -275,33 +259,20 @@ async function reach(flags: ReadonlyMap<keyof typeof FLAGS, string>): Promise<So
   return await connect({ ...(path === undefined ? { hostname, port } : { path }), timeout, retries, tls });
 }
 
-async function main(args: string[]): Promise<void> {
-  const { flags, others } = parseFlags(args, FLAGS);
-  if (flags.has("help")) return console.log(USAGE);
-  if (flags.has("version")) return console.log("client.ts 0.1.0");
+async function main(flags: Flags, others: string[]): Promise<void> {
   const isPerson = others.length === 0 && Deno.stdin.isTerminal() && Deno.stdout.isTerminal();
   const lineEnd = flags.has("udp") || flags.has("no-newline") ? "" : "\n";
   using peer = await reach(flags);
   if (isPerson && peer instanceof SocketStream) peer.timeout = Infinity; // A person may think for as long as they like.
-  const server = new Server(peer, lineEnd, flags.has("unix") && flags.has("udp"));
-  const editor = isPerson ? await loadEditor() : undefined;
-  if (editor === undefined) {
-    const output = Deno.stdout.writable.getWriter();
-    const closed = () => Promise.reject(new Error("standard output is closed"));
-    const print = fit((data) => output.write(data).catch(closed), flags.has("udp"));
-    await converse(
-      server,
-      others.length > 0 ? others.map((text) => text + lineEnd) : inputLines(lineEnd, isPerson ? PROMPT : ""),
-      print,
-    );
-  } else {
-    const prompt = new Prompt(editor);
-    const print = fit((data) => prompt.print(data), flags.has("udp"));
-    await converse(server, prompt.lines(lineEnd, flags.has("keep-open")), print, prompt);
-  }
-}
-
-if (import.meta.main) {
-  await runScript("client.ts", main);
+  const server = new Server(peer, lineEnd, flags.has("unix"));
+  const prompt = isPerson ? await openPrompt() : undefined;
+  const output = Deno.stdout.writable.getWriter();
+  const closed = () => Promise.reject(new Error("standard output is closed"));
+  const print = (data: Uint8Array) => prompt ? prompt.print(data) : output.write(data).catch(closed);
+  const piped = others.length > 0 ? others.map((text) => text + lineEnd) : inputLines(lineEnd, isPerson ? PROMPT : "");
+  const lines = prompt?.lines(lineEnd, flags.has("keep-open")) ?? piped;
+  await converse(server, lines, fit(print, server.isUdp), prompt);
   Deno.exit(0); // A read of standard input may still wait.
 }
+
+if (import.meta.main) await runScript("client.ts", USAGE, FLAGS, main);

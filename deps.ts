@@ -1,9 +1,4 @@
-/**
- * Names from outside, all carried by Deno so that nothing is downloaded, and the command line of the two scripts.
- * Use the assertions as `@std/assert` has them: `deno task test:std` runs the tests with those.
- *
- * @module
- */
+// Names from outside, all carried by Deno, and the command line of both scripts. "deno task test:std" swaps the assertions.
 
 export { deepStrictEqual as assertEquals, fail, match as assertMatch, ok as assert } from "node:assert/strict";
 export { notDeepStrictEqual as assertNotEquals, rejects as assertRejects } from "node:assert/strict";
@@ -13,33 +8,27 @@ export { parseArgs } from "node:util";
 /** A mistake in the command line; its message is one sentence. */
 export class UsageError extends Error {}
 
-/** For each flag the name of its value, "" if it takes none, and what it does. */
-export type FlagTable<Flag extends string> = Readonly<Record<Flag, readonly [value: string, help: string]>>;
-
-/** The lines of `--help` about the flags. */
-export function usageOf(table: FlagTable<string>): string {
-  return Object.entries(table).map(([name, [value, help]]) => `  ${`--${name} ${value}`.padEnd(22)}${help}`).join("\n");
-}
+/** Each flag with the name of its value, "" if it takes none, and what it does. */
+export type FlagTable<Flag extends string> = readonly (readonly [flag: Flag, value: string, help: string])[];
 
 /** The values of the flags in `args`, "" for one that takes none, and the other arguments. */
-export function parseFlags<Flag extends string>(args: readonly string[], table: FlagTable<Flag>) {
-  const isFlag = (name: string): name is Flag => Object.hasOwn(table, name);
+function parseFlags<Flag extends string>(args: readonly string[], table: FlagTable<Flag>) {
   const flags = new Map<Flag, string>();
   const others: string[] = [];
   const rest = [...args];
   for (let arg; (arg = rest.shift()) !== undefined && arg !== "--";) {
-    const [isDashed, name = "", assigned] = /^-(?:-([^=]+)(?:=(.*))?|.+)$/s.exec(arg) ?? [];
-    if (isDashed && !isFlag(name)) throw new UsageError(`unknown flag ${arg}`);
-    if (!isFlag(name)) {
+    const [isDashed, name, assigned] = /^-(?:-([^=]+)(?:=(.*))?|.+)$/s.exec(arg) ?? [];
+    const [flag, placeholder] = table.find(([flag]) => flag === name) ?? [];
+    if (isDashed === undefined) {
       others.push(arg);
       continue;
     }
-    const placeholder = table[name][0];
+    if (flag === undefined) throw new UsageError(`unknown flag ${arg}`);
     const value = assigned ?? (placeholder && !rest[0]?.startsWith("--") ? rest.shift() : "");
     if (!placeholder === Boolean(value)) {
       throw new UsageError(`--${name} ${placeholder ? `needs a value, ${placeholder}` : "takes no value"}`);
     }
-    flags.set(name, value ?? "");
+    flags.set(flag, value ?? "");
   }
   return { flags, others: [...others, ...rest] };
 }
@@ -57,14 +46,25 @@ export function readFile(path: string): string {
   throw new Deno.errors.NotCapable(`Cannot read ${path}: permission is missing; run again with --allow-read=${path}`);
 }
 
-/** Runs a script. An error becomes one sentence, and the exit code 2 for a wrong command line, 1 for any other. */
-export async function runScript(name: string, main: (args: string[]) => Promise<void>): Promise<void> {
+/** Runs a script. `usage` has `%s` for the flags. An error becomes one sentence and exit code 1, or 2 for a misuse. */
+export async function runScript<Flag extends string>(
+  name: string,
+  usage: string,
+  table: FlagTable<Flag>,
+  main: (flags: ReadonlyMap<Flag, string>, others: string[]) => Promise<void>,
+): Promise<void> {
   try {
-    await main(Deno.args);
+    const { flags, others } = parseFlags(Deno.args, table);
+    const asked: ReadonlyMap<string, string> = flags;
+    const rows = table.map(([flag, value, help]) => `  ${`--${flag} ${value}`.padEnd(22)}${help}`);
+    if (asked.has("help")) console.log(usage, rows.join("\n"));
+    else if (asked.has("version")) console.log(`${name} 0.1.0`);
+    else await main(flags, others);
   } catch (error) {
     const isMisuse = error instanceof UsageError;
     const message = error instanceof Error ? error.message : error;
-    console.error("%c%s", "color: red", `${name}: ${message}${isMisuse ? "; --help lists the flags" : ""}`);
+    const left = error instanceof Deno.errors.BrokenPipe ? "the other side has left: " : "";
+    console.error("%c%s", "color: red", `${name}: ${left}${message}${isMisuse ? "; --help lists the flags" : ""}`);
     Deno.exit(isMisuse ? 2 : 1);
   }
 }

@@ -1,11 +1,7 @@
 #!/usr/bin/env -S deno run --allow-net=127.0.0.1:8009
-/**
- * The tutorial's server: it answers what it is sent with a timestamp in front.
- *
- * @module
- */
+// The tutorial's server: it answers what it is sent with a timestamp in front.
 
-import { type FlagTable, parseFlags, readFile, runScript, UsageError, usageOf, wholeNumber } from "./deps.ts";
+import { type FlagTable, readFile, runScript, UsageError, wholeNumber } from "./deps.ts";
 import {
   DatagramRequestHandler,
   formatAddress,
@@ -97,31 +93,30 @@ function say(text: string, address = "") {
 
 // --- The flags -------------------------------------------------------------------
 
-const FLAGS = {
-  hostname: ["HOST", "address to listen on (127.0.0.1)"],
-  port: ["PORT", "port to listen on; 0 takes a free one (8009)"],
-  unix: ["PATH", "listen on a Unix socket instead"],
-  udp: ["", "serve datagrams, each of which is stamped; needs --unstable-net"],
-  cert: ["FILE", "encrypt with TLS; FILE is the server's certificate,"],
-  key: ["FILE", "and this one its private key"],
-  lines: ["", "stamp each line, instead of each chunk as it arrives"],
-  "max-connections": ["N", "serve so many clients at once; others wait (10000)"],
-  "idle-timeout": ["MS", "close clients that are silent for so long (never)"],
-  quiet: ["", "print errors only"],
-  help: ["", "print this"],
-  version: ["", "print the version"],
-} as const satisfies FlagTable<string>;
+const FLAGS = [
+  ["hostname", "HOST", "address to listen on (127.0.0.1)"],
+  ["port", "PORT", "port to listen on; 0 takes a free one (8009)"],
+  ["unix", "PATH", "listen on a Unix socket instead"],
+  ["udp", "", "serve datagrams, each of which is stamped; needs --unstable-net"],
+  ["cert", "FILE", "encrypt with TLS; FILE is the server's certificate,"],
+  ["key", "FILE", "and this one its private key"],
+  ["lines", "", "stamp each line, instead of each chunk as it arrives"],
+  ["max-connections", "N", "serve so many clients at once; others wait (10000)"],
+  ["idle-timeout", "MS", "close clients that are silent for so long (never)"],
+  ["quiet", "", "print errors only"],
+  ["help", "", "print this"],
+  ["version", "", "print the version"],
+] as const satisfies FlagTable<string>;
 
 const USAGE = `Answers what it is sent with a timestamp in front.
-
 Usage: deno run --allow-net server.ts [FLAG...]
 
-${usageOf(FLAGS)}
+%s
 
 SIGINT (Ctrl-C) or SIGTERM lets clients finish what they have begun; a second one cuts them off.
 --unix needs --allow-read=PATH --allow-write=PATH too; --cert and --key need --allow-read of both files.`;
 
-type Flags = ReadonlyMap<keyof typeof FLAGS, string>;
+type Flags = ReadonlyMap<(typeof FLAGS)[number][0], string>;
 
 /** Flags that mean nothing to datagrams, and to a Unix socket. */
 const NOT_FOR = {
@@ -155,13 +150,10 @@ async function makeServer(flags: Flags): Promise<Server> {
   return new TlsServer({ hostname, port, cert: readFile(cert), key: readFile(key) }, Handler, options);
 }
 
-async function main(args: string[]): Promise<void> {
-  const { flags, others } = parseFlags(args, FLAGS);
+async function main(flags: Flags, others: string[]): Promise<void> {
   if (others.length > 0) throw new UsageError(`unexpected argument ${others[0]}`);
-  if (flags.has("help")) return console.log(USAGE);
-  if (flags.has("version")) return console.log("server.ts 0.1.0");
   isQuiet = flags.has("quiet");
   await serve(await makeServer(flags));
 }
 
-if (import.meta.main) await runScript("server.ts", main);
+if (import.meta.main) await runScript("server.ts", USAGE, FLAGS, main);

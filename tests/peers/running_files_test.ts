@@ -3,10 +3,10 @@
  * paths. HAProxy's is used by rolling_restart_test.ts, too.
  */
 
-import { assert, assertEquals, assertMatch } from "../deps.ts";
+import { assert, assertEquals, assertMatch } from "../../deps.ts";
 import { startHaproxy } from "./balancers.ts";
-import { Load } from "./load.ts";
-import { freePort, type Outcome, Peer, portOf, Program, programTestIn, startScript, startServer } from "./programs.ts";
+import { Load } from "../load.ts";
+import { freePort, type Outcome, Peer, portOf, Program, programTestIn, startScript, startServer } from "../programs.ts";
 import { runningFile } from "./running_files.ts";
 
 const ROOT = new URL("..", import.meta.url).pathname;

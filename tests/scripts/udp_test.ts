@@ -1,6 +1,6 @@
 /** server.ts --udp and client.ts --udp as a person runs them. */
 
-import { assertEquals, assertMatch } from "../deps.ts";
+import { assertEquals, assertMatch } from "../../deps.ts";
 import {
   assertFailed,
   type Outcome,
@@ -12,8 +12,8 @@ import {
   startScript,
   startServer,
   Terminal,
-} from "./programs.ts";
-import { programTest } from "./testing.ts";
+} from "../programs.ts";
+import { programTest } from "../testing.ts";
 
 const STAMP = String.raw`\[[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4}\] `;
 const STAMP_LENGTH = "[Thu Sep 15 22:29:12 2016] ".length;

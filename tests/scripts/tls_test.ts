@@ -1,9 +1,9 @@
 /** server.ts --cert --key and client.ts --tls, with each other and with other programs. */
 
-import { assertEquals, assertMatch } from "../deps.ts";
-import { type Certificates, withCertificates } from "./certificates.ts";
-import { assertFailed, permissionsIn, portOf, Program, runScript, startScript } from "./programs.ts";
-import { programTest } from "./testing.ts";
+import { assertEquals, assertMatch } from "../../deps.ts";
+import { type Certificates, withCertificates } from "../certificates.ts";
+import { assertFailed, permissionsIn, portOf, Program, runScript, startScript } from "../programs.ts";
+import { programTest } from "../testing.ts";
 
 const STAMP = String.raw`\[[^\]]+\] `;
 

@@ -1,6 +1,6 @@
 /** Real balancers in front of a server that believes them: HAProxy and nginx, and their health checks. */
 
-import { assert, assertEquals, assertMatch } from "../deps.ts";
+import { assert, assertEquals, assertMatch } from "../../deps.ts";
 import {
   connect,
   formatAddress,
@@ -11,11 +11,11 @@ import {
   TcpServer,
   TlsServer,
   UnixServer,
-} from "../mod.ts";
+} from "../../mod.ts";
 import { type Balancer, type ClaimPort, startHaproxy, startNginx } from "./balancers.ts";
-import { withCertificates } from "./certificates.ts";
-import { Peer, programTestIn } from "./programs.ts";
-import { until } from "./testing.ts";
+import { withCertificates } from "../certificates.ts";
+import { Peer, programTestIn } from "../programs.ts";
+import { until } from "../testing.ts";
 
 const FROM_LOOPBACK: ServerOptions = { proxyProtocol: { from: ["127.0.0.1"] } };
 

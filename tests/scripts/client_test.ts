@@ -1,6 +1,6 @@
 /** client.ts as a person runs it: with messages, with piped input, and on a terminal. */
 
-import { assertEquals, assertMatch } from "../deps.ts";
+import { assertEquals, assertMatch } from "../../deps.ts";
 import {
   assertFailed,
   FakeServer,
@@ -16,8 +16,8 @@ import {
   startServer,
   TalkingServer,
   Terminal,
-} from "./programs.ts";
-import { programTest } from "./testing.ts";
+} from "../programs.ts";
+import { programTest } from "../testing.ts";
 
 const STAMP = String.raw`\[[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4}\] `;
 
@@ -304,7 +304,7 @@ programTest("a missing permission is named, and with exactly that flag the clien
 });
 
 programTest("the first line of client.ts asks for its default address only", async () => {
-  const script = new URL("../client.ts", import.meta.url);
+  const script = new URL("../../client.ts", import.meta.url);
   const [first] = (await Deno.readTextFile(script)).split("\n");
   assertEquals(first, "#!/usr/bin/env -S deno run --allow-net=127.0.0.1:8009");
   const { mode } = await Deno.stat(script);

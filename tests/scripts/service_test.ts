@@ -1,8 +1,8 @@
 /** What server.ts tells a balancer, and what it does between SIGTERM and its end. */
 
-import { assertEquals, assertMatch } from "../deps.ts";
-import { assertFailed, Peer, type Program, runScript, startScript } from "./programs.ts";
-import { programTest } from "./testing.ts";
+import { assertEquals, assertMatch } from "../../deps.ts";
+import { assertFailed, Peer, type Program, runScript, startScript } from "../programs.ts";
+import { programTest } from "../testing.ts";
 
 /** Starts server.ts; resolves to its port and to the one of its health. */
 async function start(...args: string[]): Promise<{ server: Program; port: number; health: number }> {

@@ -1,9 +1,9 @@
 /** Every error that whoever runs the two scripts can cause: what they are told, word for word, and the exit code. */
 
-import { assertEquals } from "../deps.ts";
-import { withCertificates } from "./certificates.ts";
-import { FakeServer, freePort, portOf, runScript, startScript, TalkingServer } from "./programs.ts";
-import { programTest } from "./testing.ts";
+import { assertEquals } from "../../deps.ts";
+import { withCertificates } from "../certificates.ts";
+import { FakeServer, freePort, portOf, runScript, startScript, TalkingServer } from "../programs.ts";
+import { programTest } from "../testing.ts";
 
 /** A mistake, in words in which `{...}` stands for what {@linkcode withPlaces} has found or made. */
 interface Mistake {

@@ -1,11 +1,11 @@
 /** Restarts that nobody notices: behind a balancer, and of the one process that serves a port. */
 
-import { assert, assertEquals } from "../deps.ts";
+import { assert, assertEquals } from "../../deps.ts";
 import { startHaproxy } from "./balancers.ts";
-import { Load } from "./load.ts";
-import { type Program, programTestIn, startScript } from "./programs.ts";
+import { Load } from "../load.ts";
+import { type Program, programTestIn, startScript } from "../programs.ts";
 import { runningFile } from "./running_files.ts";
-import { scaled } from "./testing.ts";
+import { scaled } from "../testing.ts";
 
 const ROUNDS = scaled(1, 20);
 
