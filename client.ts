@@ -35,6 +35,7 @@ class Server {
   readonly #peer: SocketStream | DatagramClient;
   readonly #lineEnd: string;
   readonly #isHalfDuplex: boolean; // A Unix datagram socket of Deno cannot send while it waits to receive.
+  readonly #into = new Uint8Array(65_536); // For recv() an answer of 300 bytes may be two chunks, and so two lines.
   #isAsked = false;
   #isSending = false;
   #isEnding = false;
@@ -42,8 +43,8 @@ class Server {
   #wake = () => {};
 
   constructor(peer: SocketStream | DatagramClient, lineEnd: string, isUnix: boolean) {
-    [this.#peer, this.#lineEnd, this.isUdp] = [peer, lineEnd, peer instanceof DatagramClient];
-    this.#isHalfDuplex = this.isUdp && isUnix;
+    [this.#peer, this.#lineEnd, this.#isHalfDuplex] = [peer, lineEnd, isUnix];
+    this.isUdp = peer instanceof DatagramClient;
   }
 
   async send(line: string | Uint8Array): Promise<void> {
@@ -78,10 +79,14 @@ class Server {
     while (!this.#isOver) {
       const isLate = this.#isAsked && !this.#isSending;
       try {
-        if (isLate || !this.#isHalfDuplex) return await this.#peer.recv();
+        if (this.#peer instanceof SocketStream) {
+          const count = await this.#peer.read(this.#into);
+          return count === null ? null : this.#into.slice(0, count);
+        }
+        if (isLate || this.#isEnding || !this.#isHalfDuplex) return await this.#peer.recv();
         await new Promise<void>((resolve) => this.#wake = resolve);
       } catch (error) {
-        if (this.#isOver || error instanceof Deno.errors.BadResource) break;
+        if (error instanceof Deno.errors.BadResource || this.isUdp && this.#isEnding) break;
         if (!(error instanceof Deno.errors.TimedOut)) throw error;
         if (isLate) throw new Error("no answer came within --timeout");
         if (this.#isEnding && !this.#isAsked) break; // The server keeps the connection open.
@@ -94,7 +99,6 @@ class Server {
   async end(): Promise<void> {
     this.#isEnding = true;
     if (this.#peer instanceof SocketStream) return await this.#peer.closeWrite().catch(() => {}); // hear() tells.
-    this.#isOver = true;
     this.#peer.close();
     this.#wake();
   }
@@ -124,18 +128,17 @@ async function* inputLines(lineEnd: string, prompt: string): AsyncGenerator<Uint
 /** Makes what comes fit to print: a terminal would obey control characters, and a datagram may lack a line end. */
 function fit(print: Print, isUdp: boolean): Print {
   const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-  const isTerminal = Deno.stdout.isTerminal();
+  const safe = (text: string) =>
+    new TextEncoder().encode(text.replaceAll("\r\n", "\n").replace(/[^\n\t]+/g, printable));
   return (data) => {
-    const text = isTerminal ? decoder.decode(data, { stream: !isUdp }).replaceAll("\r\n", "\n") : "";
-    const shown = isTerminal ? new TextEncoder().encode(text.replace(/[^\n\t]+/g, printable)) : data;
+    const shown = Deno.stdout.isTerminal() ? safe(decoder.decode(data, { stream: !isUdp })) : data;
     return print(isUdp && shown.at(-1) !== LINE_FEED ? new Uint8Array([...shown, LINE_FEED]) : shown);
   };
 }
 
 // --- The prompt ------------------------------------------------------------------
 
-const PROMPT = ">>> ";
-const LINE_FEED = 0x0a;
+const [PROMPT, LINE_FEED] = [">>> ", 0x0a];
 
 /** `undefined` if the terminal cannot move its cursor (TERM=dumb). History stays in memory: it may hold passwords. */
 async function openPrompt(): Promise<Prompt | undefined> {
@@ -270,8 +273,7 @@ async function main(flags: Flags, others: string[]): Promise<void> {
   const closed = () => Promise.reject(new Error("standard output is closed"));
   const print = (data: Uint8Array) => prompt ? prompt.print(data) : output.write(data).catch(closed);
   const piped = others.length > 0 ? others.map((text) => text + lineEnd) : inputLines(lineEnd, isPerson ? PROMPT : "");
-  const lines = prompt?.lines(lineEnd, flags.has("keep-open")) ?? piped;
-  await converse(server, lines, fit(print, server.isUdp), prompt);
+  await converse(server, prompt?.lines(lineEnd, flags.has("keep-open")) ?? piped, fit(print, server.isUdp), prompt);
   Deno.exit(0); // A read of standard input may still wait.
 }
 

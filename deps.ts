@@ -58,7 +58,7 @@ export async function runScript<Flag extends string>(
     const asked: ReadonlyMap<string, string> = flags;
     const rows = table.map(([flag, value, help]) => `  ${`--${flag} ${value}`.padEnd(22)}${help}`);
     if (asked.has("help")) console.log(usage, rows.join("\n"));
-    else if (asked.has("version")) console.log(`${name} 0.1.0`);
+    else if (asked.has("version")) console.log(`${name} 0.2.0`);
     else await main(flags, others);
   } catch (error) {
     const isMisuse = error instanceof UsageError;

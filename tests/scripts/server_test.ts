@@ -173,7 +173,7 @@ programTest("--quiet prints nothing", async () => {
 });
 
 const TOLD = [
-  { flag: "--help", told: /^Answers what .*\n\nUsage: .*--hostname HOST.*--port PORT.*--unix PATH/s },
+  { flag: "--help", told: /^Answers what .*\nUsage: .*--hostname HOST.*--port PORT.*--unix PATH/s },
   { flag: "--version", told: /^server\.ts \d+\.\d+\.\d+\n$/ },
 ];
 
