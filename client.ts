@@ -1,7 +1,6 @@
 #!/usr/bin/env -S deno run --allow-net=127.0.0.1:8009
 // The tutorial's client: it sends what is typed, a line at a time, and prints what comes back.
 
-import type { Interface } from "node:readline";
 import { type FlagTable, readFile, runScript, UsageError, wholeNumber } from "./deps.ts";
 import { connect, DatagramClient, IncompleteReadError, printable, SocketStream } from "./mod.ts";
 
@@ -89,7 +88,10 @@ class Server {
         if (error instanceof Deno.errors.BadResource || this.isUdp && this.#isEnding) break;
         if (!(error instanceof Deno.errors.TimedOut)) throw error;
         if (isLate) throw new Error("no answer came within --timeout");
-        if (this.#isEnding && !this.#isAsked) break; // The server keeps the connection open.
+        if (this.#isEnding && !this.#isAsked) {
+          console.error("client.ts: the server has answered everything, but keeps the connection open");
+          break;
+        }
       }
     }
     return null;
@@ -154,13 +156,13 @@ async function openPrompt(): Promise<Prompt | undefined> {
 
 /** A prompt with editing and history, above which all else is printed. */
 class Prompt {
-  readonly #editor: Interface;
+  readonly #editor: import("node:readline").Interface;
   readonly #input: NodeJS.EventEmitter;
   readonly #output: NodeJS.WritableStream;
   #isOpen = true;
   #isShown = false;
 
-  constructor(editor: Interface, input: NodeJS.EventEmitter, output: NodeJS.WritableStream) {
+  constructor(editor: import("node:readline").Interface, input: NodeJS.EventEmitter, output: NodeJS.WritableStream) {
     [this.#editor, this.#input, this.#output] = [editor, input, output];
     editor.on("line", () => this.#isShown = false).on("close", () => this.close());
     if (Deno.build.os !== "windows") Deno.addSignalListener("SIGCONT", () => this.#ask()); // After Ctrl-Z and fg.
@@ -180,11 +182,10 @@ class Prompt {
 
   /** Prints a text, on lines of its own, above the prompt. */
   print(text: Uint8Array): void {
-    const rows = this.#isShown ? this.#editor.getCursorPos().rows : 0;
+    const rows = this.#isShown ? this.#editor.getCursorPos().rows : 0; // The prompt goes up by as many again.
     if (this.#isShown) this.#output.write(`${rows > 0 ? `\x1b[${rows}A` : ""}\r\x1b[J`);
     this.#output.write(text);
-    const end = text.length > 0 && text.at(-1) !== LINE_FEED ? "\n" : "";
-    this.#output.write(end + "\n".repeat(rows)); // The prompt goes up again by as many rows.
+    this.#output.write((text.length === 0 || text.at(-1) === LINE_FEED ? "" : "\n") + "\n".repeat(rows));
     if (this.#isShown) this.#ask();
   }
 
@@ -239,7 +240,6 @@ const FLAGS = [
 
 const USAGE = `Sends what is typed, a line at a time, and prints what comes back.
 Usage: deno run --allow-net client.ts [FLAG...] [MESSAGE...]
-
 %s
 
 On a terminal an empty line, Ctrl-C or Ctrl-D ends it. Piped lines, and MESSAGEs, each wait for an answer to the last.

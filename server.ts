@@ -110,7 +110,6 @@ const FLAGS = [
 
 const USAGE = `Answers what it is sent with a timestamp in front.
 Usage: deno run --allow-net server.ts [FLAG...]
-
 %s
 
 SIGINT (Ctrl-C) or SIGTERM lets clients finish what they have begun; a second one cuts them off.
