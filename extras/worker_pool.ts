@@ -21,8 +21,8 @@ const MAX_TIMER_MS = 2_147_483_647; // A longer timer fires at once.
 /** All that a worker has to know: `worker 2 of file:///srv/server.ts on 127.0.0.1:8009`. It is also its lock's name. */
 const WORKER_NAME = /^worker \d+ of (.*) on (.*):(\d+)$/;
 
-/** What the main thread sends: the grace to shut down with, or `undefined` to close. */
-type Order = number | undefined;
+/** What the main thread sends: the grace to shut down with, or `null` to close. */
+type Order = number | null;
 
 /** What a worker sends. The main thread ends the thread after `"ended"` and `"failed"`. */
 interface News {
@@ -163,21 +163,17 @@ class PoolMember {
   }
 
   /** Rejects at the end: a thread that is ended while its module awaits leaves 2 descriptors and 1.6 MB behind (Deno 2.9.6). */
-  async serveForever(): Promise<never> {
+  serveForever(): Promise<never> {
     this.#catchErrors();
     this.#greet();
-    try {
-      await this.#serve();
-    } catch (error) {
-      this.#fail(error);
-    }
-    return await this.#ended.promise;
+    this.#serve().catch((error) => this.#fail(error));
+    return this.#ended.promise;
   }
 
   /** Ends the server of this worker; the main thread then shuts down the others. */
   async stop(grace: Order): Promise<PoolShutdownReport> {
     const server = await this.#serving.promise; // Only a server that serves also serves the backlog.
-    if (grace === undefined) server.close();
+    if (grace === null) server.close();
     return { ...await server.shutdown({ grace: grace ?? 0 }), hung: [] };
   }
 
@@ -285,7 +281,7 @@ export interface PoolShutdownReport extends ShutdownReport {
  * @example
  * ```ts ignore
  * import { StreamRequestHandler, TcpServer } from "@socketserver/socketserver";
- * import { WorkerPool } from "@socketserver/socketserver/worker-pool";
+ * import { WorkerPool } from "@socketserver/socketserver/worker_pool";
  * import { createHash } from "node:crypto";
  *
  * class Hash extends StreamRequestHandler {
@@ -323,13 +319,13 @@ export class WorkerPool implements AsyncDisposable {
    * is out of its range, and `TypeError` if an option does not exist, or in a worker of another module or with a pool.
    */
   constructor(module: string | URL, makeServer: MakeServer, options: WorkerPoolOptions) {
-    const { workers = navigator.hardwareConcurrency, ...address } = options;
+    const { workers = navigator.hardwareConcurrency, hostname = "127.0.0.1", ...address } = options;
     if (!Number.isSafeInteger(workers) || workers < 1) {
       throw new RangeError(`Option "workers" must be whole, 1 or more: it is ${workers}`);
     }
     this.#module = new URL(module).href;
     this.#size = workers;
-    this.#address = { hostname: "127.0.0.1", ...address, loadBalanced: true };
+    this.#address = { ...address, hostname, loadBalanced: true };
     this.#holder = new TcpServer(this.#address, Nobody); // Checks the address.
     const worker = WORKER_NAME.exec(Reflect.get(globalThis, "name"));
     if (worker !== null) this.#member = new PoolMember(worker, this.#module, makeServer);
@@ -405,8 +401,8 @@ export class WorkerPool implements AsyncDisposable {
   /** Ends all workers now and cuts all clients off, also during a shutdown; `serveForever()` resolves within 5 s. */
   close(): void {
     this.shutdown({ grace: 0 });
-    this.#member?.stop(undefined);
-    for (const thread of this.#threads) thread.stop(undefined);
+    this.#member?.stop(null);
+    for (const thread of this.#threads) thread.stop(null);
   }
 
   /** Shuts the pool down, as {@linkcode WorkerPool.shutdown} does. */

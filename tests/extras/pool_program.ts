@@ -89,6 +89,7 @@ export function makePool(workers: number, port = 0): NotedPool {
 async function main([workers = "2", mode = ""]: string[]): Promise<void> {
   const module = mode === "module is missing" ? import.meta.resolve("./missing.ts") : import.meta.url;
   pool = new WorkerPool(module, FACTORIES[mode] ?? makeServer, { port: 0, workers: Number(workers) });
+  if (mode === "makes two pools") new WorkerPool(module, makeServer, { port: 0 });
   const { port } = await pool.listen(); // A worker knows the port, too.
   if (pool.isWorker) {
     if (mode === "module throws") throw new TypeError(`no configuration for port ${typeof port}`);
