@@ -24,12 +24,12 @@ const WORKER_NAME = /^worker \d+ of (.*) on (.*):(\d+)$/;
 /** What the main thread sends: the grace to shut down with, or `null` to close. */
 type Order = number | null;
 
-/** What a worker sends. The main thread ends the thread after `"ended"` and `"failed"`. */
+/** What a worker sends; `reason` is the error that ended it. */
 interface News {
-  readonly news: "serving" | "counted" | "stopping" | "ended" | "failed";
+  readonly news: "serving" | "counted" | "stopping" | "ended";
   readonly stats: ServerStats;
-  readonly report?: ShutdownReport;
-  readonly reason?: string;
+  readonly report?: ShutdownReport | undefined;
+  readonly reason?: string | undefined;
 }
 
 /** Web Locks, which the runtime (2.9.6) has and its types lack. A thread's are released when it ends, whatever ended it. */
@@ -107,7 +107,7 @@ class WorkerThread {
     this.stats = stats;
     this.report = report;
     if (news === "stopping") this.#onStopping();
-    if (news === "ended" || news === "failed") this.#end(reason);
+    if (news === "ended") this.#end(reason);
     if (news !== "serving") return;
     this.servingSince = performance.now();
     this.serving.resolve();
@@ -146,6 +146,7 @@ class PoolMember {
   readonly #serving = Promise.withResolvers<StreamServer>();
   readonly #ended = Promise.withResolvers<never>();
   #server: StreamServer | undefined;
+  #isLeaving = false;
 
   constructor([name, owner, hostname = "", port]: RegExpExecArray, module: string, makeServer: MakeServer) {
     if (owner !== module) {
@@ -202,7 +203,7 @@ class PoolMember {
     const server = await this.#makeServer({ hostname, port, loadBalanced: true });
     await listenOn(port, server);
     this.#server = server;
-    server.signal.addEventListener("abort", () => this.#tell({ news: "stopping" }));
+    server.signal.addEventListener("abort", () => this.#isLeaving || this.#tell({ news: "stopping" }));
     let last = "";
     setInterval(() => {
       const counts = JSON.stringify(this.stats);
@@ -213,7 +214,7 @@ class PoolMember {
     this.#serving.resolve(server);
     this.#tell({ news: "serving" });
     await served;
-    this.#leave({ news: "ended", report: await server.shutdown() });
+    await this.#leave();
   }
 
   #tell(news: Omit<News, "stats">): void {
@@ -221,16 +222,17 @@ class PoolMember {
   }
 
   #fail(error: unknown): void {
-    this.#leave({ news: "failed", reason: textOf(error, this.stats.overloads > 0) });
+    void this.#leave(textOf(error, this.stats.overloads > 0));
   }
 
-  /** Lets the module come to its end before the main thread ends this one. */
-  #leave(last: Omit<News, "stats">): void {
+  /** The main thread ends this one after the last report: by then the listener must be closed, and the module at its end. */
+  async #leave(reason?: string): Promise<void> {
+    if (this.#isLeaving) return;
+    this.#isLeaving = true;
+    this.#server?.close();
+    const report = await this.#server?.shutdown();
     this.#ended.reject(WORKER_ENDED);
-    setTimeout(() => {
-      this.#tell(last);
-      this.#server?.close(); // Other workers take the clients that still arrive.
-    });
+    setTimeout(() => this.#tell({ news: "ended", report, reason }));
   }
 }
 

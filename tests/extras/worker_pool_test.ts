@@ -103,19 +103,6 @@ async function withTimers(change: (ms: number) => number | "now", run: () => voi
 /** No back-off takes its time. */
 const withoutBackoff = (ms: number) => ms >= 100 && ms <= 10_000 ? 0 : ms;
 
-/** Keeps what is printed meanwhile with `console.error`. */
-async function printedBy(run: () => void | Promise<void>): Promise<string[]> {
-  const printed: string[] = [];
-  const print = console.error;
-  console.error = (format, ...data) => void printed.push([format, ...data].join(" "));
-  try {
-    await run();
-  } finally {
-    console.error = print;
-  }
-  return printed;
-}
-
 // --- Serving ------------------------------------------------------------------
 
 poolTest("workers share one port and one queue, and their counts are added up", async () => {
@@ -163,11 +150,22 @@ poolTest("a worker that computes holds up its own clients only", async () => {
   await started.end();
 });
 
+/** Starts `program` in `folder` with permissions for `host` and for the files that it loads. */
+async function startModule(folder: string, program: string, host: string): Promise<Program> {
+  const root = new URL("../../", import.meta.url);
+  const path = `${folder}/server.ts`;
+  const pool = "@socketserver/socketserver/worker_pool";
+  const code = program.replace(pool, `${root}extras/worker_pool.ts`).replace(/@socketserver.*(?=")/, `${root}mod.ts`);
+  await Deno.writeTextFile(path, code);
+  const files = [path, `${root.pathname}mod.ts`, `${root.pathname}extras/worker_pool.ts`];
+  return Program.start(Deno.execPath(), ["run", `--allow-net=${host}`, `--allow-read=${files}`, path]);
+}
+
 programTestIn("a pool needs no permission for the address of the name that it listens on", async (folder) => {
-  const [port, root] = [freePort(), new URL("../../", import.meta.url)];
+  const port = freePort();
   const program = `
-    import { StreamRequestHandler, TcpServer } from "${root}mod.ts";
-    import { WorkerPool } from "${root}extras/worker_pool.ts";
+    import { StreamRequestHandler, TcpServer } from "@socketserver/socketserver";
+    import { WorkerPool } from "@socketserver/socketserver/worker_pool";
     class Hello extends StreamRequestHandler {
       override handle() {
         return this.request.send("hello\\n");
@@ -176,28 +174,17 @@ programTestIn("a pool needs no permission for the address of the name that it li
     const options = { hostname: "localhost", port: ${port}, workers: 2 };
     await new WorkerPool(import.meta.url, async (address) => new TcpServer(address, Hello), options).serveForever();
   `;
-  await Deno.writeTextFile(`${folder}/main.ts`, program);
-  const permissions = [`--allow-net=localhost:${port}`, `--allow-read=${folder},${root.pathname}`];
-  await using server = Program.start(Deno.execPath(), ["run", ...permissions, `${folder}/main.ts`]);
+  await using server = await startModule(folder, program, `localhost:${port}`);
   await using client = await connect({ hostname: "localhost", port, retries: Infinity, timeout: PATIENCE_MS });
-  assertEquals(await client.readLine(), "hello");
-  assertEquals(server.stderr, "");
+  assertEquals([await client.readLine(), server.stderr], ["hello", ""]);
 });
 
 programTestIn("the sample of the documentation serves with the permissions that it names", async (folder) => {
-  const root = new URL("../../", import.meta.url);
-  const documentation = await Deno.readTextFile(new URL("extras/worker_pool.ts", root));
+  const documentation = await Deno.readTextFile(new URL("../../extras/worker_pool.ts", import.meta.url));
   const [, sample = ""] = /^ \* ```ts ignore\n(.*?)^ \* ```/ms.exec(documentation) ?? [];
   const port = freePort();
-  const program = sample
-    .replaceAll(/^ \* ?/gm, "")
-    .replace("8009", String(port))
-    .replace('"@socketserver/socketserver/worker_pool"', `"${root}extras/worker_pool.ts"`)
-    .replace('"@socketserver/socketserver"', `"${root}mod.ts"`);
-  await Deno.writeTextFile(`${folder}/server.ts`, program);
-  const files = [`${folder}/server.ts`, `${root.pathname}mod.ts`, `${root.pathname}extras/worker_pool.ts`];
-  const permissions = [`--allow-net=127.0.0.1:${port}`, `--allow-read=${files}`];
-  await using server = Program.start(Deno.execPath(), ["run", ...permissions, `${folder}/server.ts`]);
+  const program = sample.replaceAll(/^ \* ?/gm, "").replace("8009", String(port));
+  await using server = await startModule(folder, program, `127.0.0.1:${port}`);
   await using client = await connect({ port, retries: Infinity, timeout: PATIENCE_MS });
   await client.writeFrame("abc");
   assertEquals(await client.readLine(), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
@@ -301,7 +288,9 @@ poolTest("a shutdown does not wait for the end of a back-off", async () => {
   stream.close();
 });
 
-programTest("workers that end leave no descriptor behind", async () => {
+const ENDS = scaled(5, 100);
+
+programTest("a storm of workers that end leaves no descriptor behind", async () => {
   /** Another process has to look, as reading /proc takes all permissions. */
   const descriptors = async () => {
     const look = new Deno.Command("sh", { args: ["-c", `ls /proc/${Deno.pid}/fd | wc -l`] });
@@ -320,24 +309,29 @@ programTest("workers that end leave no descriptor behind", async () => {
   await withTimers(withoutBackoff, async () => {
     await crash(); // What the runtime opens at the first time is there now.
     const before = await descriptors();
-    for (let count = scaled(5, 100); count > 0; count--) await crash();
+    for (let count = ENDS; count > 0; count--) await crash();
     // The last client's are closed a moment later.
     let after = await descriptors();
     for (let looks = 0; looks < 100 && after > before; looks++) after = await descriptors();
-    assert(after <= before, `${before} descriptors before ${pool.crashes.length - 1} ends, and ${after} after them`);
+    assert(after <= before, `${before} descriptors before ${ENDS} ends, and ${after} after them`);
   });
   await started.end();
 });
 
-poolTest("an end is printed as one sentence with the error of the worker", async () => {
+poolTest("an end is printed as one sentence with the error of the worker", () => {
   const pool = new WorkerPool("file:///server.ts", makeUnused, { port: 0 });
-  const printed = await printedBy(() => {
+  const printed: unknown[][] = [];
+  const print = console.error;
+  console.error = (...data) => void printed.push(data);
+  try {
     pool.handleCrash(2, "TypeError: 100% wrong", 200);
     pool.handleCrash(2, "TypeError: oh", undefined);
-  });
+  } finally {
+    console.error = print;
+  }
   assertEquals(printed, [
-    "%s Worker 2 ended, another starts in 200 ms: TypeError: 100% wrong",
-    "%s Worker 2 ended: TypeError: oh",
+    ["%s", "Worker 2 ended, another starts in 200 ms: TypeError: 100% wrong"],
+    ["%s", "Worker 2 ended: TypeError: oh"],
   ]);
 });
 
@@ -434,7 +428,8 @@ poolTest("shutdown() before the start, and while the workers start", async () =>
 
   const starting = makePool(2);
   const served = starting.serveForever();
-  await starting.shutdown();
+  await new Promise((resolve) => setTimeout(resolve)); // The threads are there, and load their module.
+  assertEquals([(await starting.shutdown()).hung, starting.activeWorkers], [[], 0]);
   await served;
 });
 
