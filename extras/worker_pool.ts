@@ -24,12 +24,12 @@ const WORKER_NAME = /^worker \d+ of (.*) on (.*):(\d+)$/;
 /** What the main thread sends: the grace to shut down with, or `null` to close. */
 type Order = number | null;
 
-/** What a worker sends; `reason` is the error that ended it. */
+/** What a worker sends. It ends with the report of its shutdown, or with the error that it did not catch. */
 interface News {
   readonly news: "serving" | "counted" | "stopping" | "ended";
   readonly stats: ServerStats;
-  readonly report?: ShutdownReport | undefined;
-  readonly reason?: string | undefined;
+  readonly report?: ShutdownReport;
+  readonly reason?: string;
 }
 
 /** Web Locks, which the runtime (2.9.6) has and its types lack. A thread's are released when it ends, whatever ended it. */
@@ -99,25 +99,26 @@ class WorkerThread {
     this.#port.promise.then((port) => port.postMessage(grace));
     clearTimeout(this.#timer);
     const patience = Math.min((grace ?? 0) + HANG_MS, MAX_TIMER_MS);
-    if (grace !== Infinity) this.#timer = setTimeout(() => this.#end(undefined, true), patience);
+    if (grace !== Infinity) this.#timer = setTimeout(() => this.#end(), patience);
   }
 
   #hear({ news, stats, report, reason }: News): void {
-    if (this.#isOver) return;
     this.stats = stats;
-    this.report = report;
+    this.report ??= report;
+    this.reason ??= reason;
     if (news === "stopping") this.#onStopping();
-    if (news === "ended") this.#end(reason);
+    if (news === "ended") this.#worker.terminate();
     if (news !== "serving") return;
     this.servingSince = performance.now();
     this.serving.resolve();
   }
 
-  #end(reason?: string, isHung = false): void {
+  /** Notes that the thread is over. Without a `reason` it is not, and given up. */
+  #end(reason?: string): void {
     if (this.#isOver) return;
     this.#isOver = true;
-    this.isHung = isHung;
-    this.reason = reason;
+    this.isHung = reason === undefined;
+    if (this.report === undefined) this.reason ??= reason;
     this.stats = { ...this.stats, active: 0 };
     clearTimeout(this.#timer);
     this.#worker.terminate();
@@ -146,7 +147,6 @@ class PoolMember {
   readonly #serving = Promise.withResolvers<StreamServer>();
   readonly #ended = Promise.withResolvers<never>();
   #server: StreamServer | undefined;
-  #isLeaving = false;
 
   constructor([name, owner, hostname = "", port]: RegExpExecArray, module: string, makeServer: MakeServer) {
     if (owner !== module) {
@@ -203,7 +203,7 @@ class PoolMember {
     const server = await this.#makeServer({ hostname, port, loadBalanced: true });
     await listenOn(port, server);
     this.#server = server;
-    server.signal.addEventListener("abort", () => this.#isLeaving || this.#tell({ news: "stopping" }));
+    server.signal.addEventListener("abort", () => this.#tell({ news: "stopping" }));
     let last = "";
     setInterval(() => {
       const counts = JSON.stringify(this.stats);
@@ -214,7 +214,7 @@ class PoolMember {
     this.#serving.resolve(server);
     this.#tell({ news: "serving" });
     await served;
-    await this.#leave();
+    this.#leave({ report: await server.shutdown() });
   }
 
   #tell(news: Omit<News, "stats">): void {
@@ -222,17 +222,13 @@ class PoolMember {
   }
 
   #fail(error: unknown): void {
-    void this.#leave(textOf(error, this.stats.overloads > 0));
+    this.#leave({ reason: textOf(error, this.stats.overloads > 0) });
   }
 
-  /** The main thread ends this one after the last report: by then the listener must be closed, and the module at its end. */
-  async #leave(reason?: string): Promise<void> {
-    if (this.#isLeaving) return;
-    this.#isLeaving = true;
-    this.#server?.close();
-    const report = await this.#server?.shutdown();
+  /** Lets the module come to its end before the main thread ends this one. */
+  #leave(how: Pick<News, "report" | "reason">): void {
     this.#ended.reject(WORKER_ENDED);
-    setTimeout(() => this.#tell({ news: "ended", report, reason }));
+    setTimeout(() => this.#tell({ news: "ended", ...how }));
   }
 }
 
