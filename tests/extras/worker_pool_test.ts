@@ -1,107 +1,25 @@
 /** WorkerPool: one port for several threads, their ends and their replacements. */
 
 import { WorkerPool } from "../../extras/worker_pool.ts";
-import { connect, type SocketStream, StreamRequestHandler, TcpServer } from "../../mod.ts";
-import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../../deps.ts";
+import { connect } from "../../mod.ts";
+import { assert, assertEquals, assertMatch, assertRejects } from "../../deps.ts";
 import { freePort, Program, programTestIn } from "../programs.ts";
 import { poolTest, programTest, rejectionOf, scaled, until } from "../testing.ts";
 import { makePool, type NotedPool } from "./pool_program.ts";
-
-/** Longer than anything takes on a busy machine, the check of the workers' types included; a test that passes does not wait for it. */
-const PATIENCE_MS = 60_000;
-
-const SCRIPT = new URL("pool_program.ts", import.meta.url).pathname;
-
-class Unused extends StreamRequestHandler {
-  override handle() {}
-}
-
-const makeUnused = (address: { port: number }) => new TcpServer(address, Unused);
-
-/** Starts a pool whose workers all serve when this resolves; `await using` shuts it down. */
-async function startPool(workers: number) {
-  const pool = makePool(workers);
-  const { port } = await pool.listen();
-  const served = pool.serveForever();
-  await until(() => pool.activeWorkers === workers, PATIENCE_MS);
-  const end = async () => {
-    const report = await pool.shutdown();
-    await served;
-    return report;
-  };
-  return { pool, port, served, end, [Symbol.asyncDispose]: () => end().then(() => {}, () => {}) };
-}
-
-/** Starts the pool as a program. */
-function startProgram(args: string[], permissions = ["--allow-net", "--allow-read"]): Program {
-  return Program.start(Deno.execPath(), ["run", "--no-prompt", ...permissions, SCRIPT, ...args]);
-}
-
-/** A client, and the number of the worker that serves it. */
-interface Client {
-  stream: SocketStream;
-  number: number;
-}
-
-async function dial(port: number): Promise<Client> {
-  const stream = await connect({ port, timeout: PATIENCE_MS });
-  return { stream, number: await ask(stream, "who") };
-}
-
-/** Sends a command; resolves to the number of the worker that answers. */
-async function ask(stream: SocketStream, command: string): Promise<number> {
-  await stream.send(command + "\n");
-  const [number, ...echoed] = (await stream.readLine() ?? "nobody").split(" ");
-  assertEquals(echoed.join(" "), command);
-  return Number(number);
-}
-
-/** Dials until each of the numbers serves a client. */
-async function dialAll(port: number, numbers: number[]): Promise<Client[]> {
-  const clients: Client[] = [];
-  while (!numbers.every((number) => clients.some((client) => client.number === number))) {
-    // Many at once, as an idle worker takes all that come one by one.
-    clients.push(...await Promise.all(Array.from({ length: 10 }, () => dial(port))));
-    assert(clients.length < 2_000, `2,000 clients were served by ${new Set(clients.map(({ number }) => number)).size}`);
-  }
-  return clients;
-}
-
-/** A client of worker `number`. */
-function clientOf(clients: Client[], number: number): SocketStream {
-  const client = clients.find((client) => client.number === number);
-  assert(client !== undefined);
-  return client.stream;
-}
-
-function closeAll(clients: Client[]): void {
-  for (const { stream } of clients) stream.close();
-}
-
-/** Waits until the server has hung up. */
-async function hangUp(stream: SocketStream): Promise<void> {
-  assertEquals(await stream.readLine().catch(() => null), null);
-  stream.close();
-}
-
-/** Runs `run` with timers whose milliseconds `change` changes; "now" calls back at once. */
-async function withTimers(change: (ms: number) => number | "now", run: () => void | Promise<void>): Promise<void> {
-  const { setTimeout } = globalThis;
-  const changed = (callback: () => void, ms = 0) => {
-    const wait = change(ms);
-    if (wait === "now") callback();
-    return setTimeout(wait === "now" ? () => {} : callback, wait === "now" ? 0 : wait);
-  };
-  globalThis.setTimeout = Object.assign(changed, setTimeout);
-  try {
-    await run();
-  } finally {
-    globalThis.setTimeout = setTimeout;
-  }
-}
-
-/** No back-off takes its time. */
-const withoutBackoff = (ms: number) => ms >= 100 && ms <= 10_000 ? 0 : ms;
+import {
+  ask,
+  clientOf,
+  closeAll,
+  dial,
+  dialAll,
+  hangUp,
+  makeUnused,
+  PATIENCE_MS,
+  startPool,
+  startProgram,
+  withoutBackoff,
+  withTimers,
+} from "./pools.ts";
 
 // --- Serving ------------------------------------------------------------------
 
@@ -122,7 +40,7 @@ poolTest("workers share one port and one queue, and their counts are added up", 
 });
 
 poolTest("clients that come before the workers do are served", async () => {
-  await using pool = makePool(1);
+  const pool = makePool(1);
   const { port } = await pool.listen();
   const early = Array.from({ length: 20 }, () => dial(port));
   const served = pool.serveForever();
@@ -186,8 +104,8 @@ programTestIn("the sample of the documentation serves with the permissions that 
   const program = sample.replaceAll(/^ \* ?/gm, "").replace("8009", String(port));
   await using server = await startModule(folder, program, `127.0.0.1:${port}`);
   await using client = await connect({ port, retries: Infinity, timeout: PATIENCE_MS });
-  await client.writeFrame("abc");
-  assertEquals(await client.readLine(), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+  await client.send("hello\n");
+  assertEquals(await client.readLine(), "hello");
   server.kill("SIGTERM");
   const { code, stderr } = await server.ended();
   assertEquals([code, stderr], [0, ""]);
@@ -517,108 +435,4 @@ programTest("a client that waits while the workers still start is served by a sh
   await preparing.write(new Uint8Array(1));
   assertEquals(await client.readLine(), "1 hello");
   assertMatch((await program.ended()).stdout, /"finished":1,"cut":\[\]/);
-});
-
-// --- Mistakes -----------------------------------------------------------------
-
-const MISTAKE = "the factory must return a StreamServer that listens on the address it is called with";
-
-const FAILED_STARTS = [
-  { mode: "throws", told: /^TypeError: Cannot start worker [12]: RangeError: there is no database$/ },
-  { mode: "module is missing", told: /^TypeError: Cannot start worker [12]: Module not found "file:.*missing\.ts"/ },
-  { mode: "module throws", told: /^TypeError: Cannot start worker [12]: TypeError: no configuration for port number$/ },
-  {
-    mode: "makes two pools",
-    told: /^TypeError: Cannot start worker [12]: TypeError: Cannot make a second pool of file:/,
-  },
-  ...["ignores the port", "ignores loadBalanced", "makes a Unix server", "makes none"].map((mode) => ({
-    mode,
-    told: new RegExp(`^TypeError: Cannot start worker [12]: TypeError: ${MISTAKE}$`),
-  })),
-];
-
-programTest("a worker that fails before it serves ends the start with one sentence", async (t) => {
-  for (const { mode, told } of FAILED_STARTS) {
-    await t.step(mode, async () => {
-      await using program = startProgram(["2", mode]);
-      const { code, stdout } = await program.ended();
-      assertEquals(code, 1);
-      const [, sentence = "", afterwards] = stdout.split("\n");
-      assertMatch(sentence, told);
-      assertEquals(afterwards, "closed, with 0 workers and a free port");
-    });
-  }
-});
-
-const UNREADABLE = [
-  { name: "the module", permissions: ["--allow-net"], file: "pool_program.ts" },
-  { name: "what it imports", permissions: ["--allow-net", `--allow-read=${SCRIPT}`], file: "worker_pool.ts" },
-];
-
-programTest("a worker that may not read its files fails the start, and the flag is named", async (t) => {
-  for (const { name, permissions, file } of UNREADABLE) {
-    await t.step(name, async () => {
-      await using program = startProgram(["1"], permissions);
-      const { code, stdout } = await program.ended();
-      assertEquals(code, 1);
-      assertMatch(stdout, /Cannot start worker 1: Requires read access to ".*", .* --allow-read flag\n/);
-      assertMatch(stdout, new RegExp(`/${file}"`));
-    });
-  }
-});
-
-poolTest("a module that does not call serveForever() fails the start after 60 s", async () => {
-  const pool = new WorkerPool(import.meta.resolve("../testing.ts"), makeUnused, { port: 0, workers: 1 });
-  let failure: Promise<Error> | undefined;
-  await withTimers((ms) => ms === 60_000 ? 0 : ms, async () => {
-    failure = rejectionOf(pool.serveForever());
-    await failure;
-  });
-  assertMatch(
-    (await failure)?.message ?? "",
-    /^Cannot start worker 1: its module did not call serveForever\(\) within/,
-  );
-});
-
-poolTest("a port that is taken fails the start as that of a server does, and listen() may be tried again", async () => {
-  const listener = Deno.listen({ hostname: "127.0.0.1", port: freePort() });
-  const pool = makePool(1, listener.addr.port);
-  const error = await rejectionOf(pool.listen());
-  listener.close();
-  assert(error instanceof Deno.errors.AddrInUse);
-  assertMatch(error.message, /^Cannot listen on 127\.0\.0\.1:\d+: address already in use; /);
-  assertEquals((await pool.listen()).port, listener.addr.port);
-  await pool.shutdown();
-});
-
-Deno.test("a worker has one pool, that of its own module", () => {
-  const worker = "file:///server.ts";
-  const make = (module: string) => new WorkerPool(module, makeUnused, { port: 0 });
-  Reflect.set(globalThis, "name", `worker 1 of ${worker} on ::1:8009`);
-  try {
-    assertThrows(
-      () => make("file:///other.ts"),
-      TypeError,
-      `Cannot make a pool of file:///other.ts in a worker of ${worker}`,
-    );
-    const pool = make(worker);
-    assertEquals([pool.isWorker, pool.address.hostname, pool.address.port], [true, "::1", 8009]);
-    assertThrows(() => make(worker), TypeError, "Cannot open a second pool");
-  } finally {
-    Reflect.deleteProperty(globalThis, "name");
-  }
-});
-
-Deno.test("a pool's arguments are checked", async () => {
-  const make = (options: { workers?: number; port?: number; hostname?: string }, module = import.meta.url) =>
-    new WorkerPool(module, makeUnused, { port: 0, ...options });
-  for (const workers of [0, -1, 1.5, NaN, Infinity]) assertThrows(() => make({ workers }), RangeError);
-  assertThrows(() => make({ port: 65_536 }), RangeError);
-  assertThrows(() => make({ hostname: "" }), Error);
-  // @ts-expect-error Plain JavaScript may do it.
-  assertThrows(() => make({ worker: 2 }), TypeError, '"worker"');
-  assertThrows(() => make({}, "server.ts"), TypeError, "Invalid URL");
-  assertThrows(() => make({}).address, TypeError, "call listen()");
-  for (const grace of [-1, NaN]) assertThrows(() => make({}).shutdown({ grace }), RangeError);
-  await make({}).shutdown();
 });
