@@ -1,6 +1,5 @@
 /**
- * One port, every core: {@linkcode WorkerPool} runs a server in several threads that
- * take their clients from one queue. It is Python's `ForkingMixIn`.
+ * One port, every core: {@linkcode WorkerPool}, which is Python's `ForkingMixIn`.
  *
  * @module
  */
@@ -21,15 +20,12 @@ const MAX_TIMER_MS = 2_147_483_647; // A longer timer fires at once.
 /** All that a worker has to know: `worker 2 of file:///srv/server.ts on 127.0.0.1:8009`. It is also its lock's name. */
 const WORKER_NAME = /^worker \d+ of (.*) on (.*):(\d+)$/;
 
-/** What the main thread sends: the grace to shut down with, or `null` to close. */
-type Order = number | null;
-
-/** What a worker sends; `reason` is the error that ended it. */
+/** From a worker; the last has the report of its shutdown, or the error that it did not catch. */
 interface News {
   readonly news: "serving" | "counted" | "stopping" | "ended";
   readonly stats: ServerStats;
-  readonly report?: ShutdownReport | undefined;
-  readonly reason?: string | undefined;
+  readonly report?: ShutdownReport;
+  readonly reason?: string;
 }
 
 /** Web Locks, which the runtime (2.9.6) has and its types lack. A thread's are released when it ends, whatever ended it. */
@@ -59,15 +55,13 @@ function textOf(thrown: unknown, isExhausted: boolean): string {
 
 class WorkerThread {
   readonly number: number;
-  /** Resolved once it listens, or is over. */
-  readonly serving = Promise.withResolvers<void>();
+  readonly serving = Promise.withResolvers<void>(); // Or it is over.
   readonly ended = Promise.withResolvers<void>();
   stats = NO_STATS;
   servingSince = Infinity;
   isHung = false;
-  /** How its shutdown went, or why it ended without one. */
   report: ShutdownReport | undefined;
-  reason: string | undefined;
+  reason: string | undefined; // Why it ended without a report.
   readonly #worker: Worker;
   readonly #onStopping: () => void;
   readonly #port = Promise.withResolvers<MessagePort>();
@@ -94,30 +88,31 @@ class WorkerThread {
     this.#timer = setTimeout(() => this.servingSince === Infinity && this.#end(late), START_MS);
   }
 
-  /** Orders the end as soon as the worker can hear it, and gives up a worker that still computes long after `grace`. */
-  stop(grace: Order): void {
+  /** Orders a shutdown, or with `null` a close, once the worker can hear it; gives it up if it still computes after `grace`. */
+  stop(grace: number | null): void {
     this.#port.promise.then((port) => port.postMessage(grace));
     clearTimeout(this.#timer);
     const patience = Math.min((grace ?? 0) + HANG_MS, MAX_TIMER_MS);
-    if (grace !== Infinity) this.#timer = setTimeout(() => this.#end(undefined, true), patience);
+    if (grace !== Infinity) this.#timer = setTimeout(() => this.#end(), patience);
   }
 
   #hear({ news, stats, report, reason }: News): void {
-    if (this.#isOver) return;
     this.stats = stats;
-    this.report = report;
+    this.report ??= report;
+    this.reason ??= reason;
     if (news === "stopping") this.#onStopping();
-    if (news === "ended") this.#end(reason);
+    if (news === "ended") this.#worker.terminate();
     if (news !== "serving") return;
     this.servingSince = performance.now();
     this.serving.resolve();
   }
 
-  #end(reason?: string, isHung = false): void {
+  /** Notes that the thread is over. Without a `reason` it is not, and given up. */
+  #end(reason?: string): void {
     if (this.#isOver) return;
     this.#isOver = true;
-    this.isHung = isHung;
-    this.reason = reason;
+    this.isHung = reason === undefined;
+    if (this.report === undefined) this.reason ??= reason;
     this.stats = { ...this.stats, active: 0 };
     clearTimeout(this.#timer);
     this.#worker.terminate();
@@ -132,30 +127,26 @@ class WorkerThread {
 /** Makes the server of a worker on `address`, which the threads share. */
 export type MakeServer = (address: TcpServerAddress) => StreamServer | Promise<StreamServer>;
 
-/** `serveForever()` of a worker rejects with it; it need not be caught. */
+/** A worker's `serveForever()` rejects with it; it need not be caught. */
 const WORKER_ENDED = new DOMException("The worker has ended", "AbortError");
 
-/** Whether this worker has a pool: of two it could not tell which one is its own. */
-let hasPool = false;
+let hasPool = false; // A worker with two could not tell which one is its own.
 
 class PoolMember {
   readonly address: Deno.NetAddr;
-  readonly #name: string;
   readonly #makeServer: MakeServer;
   readonly #channel = new MessageChannel();
   readonly #serving = Promise.withResolvers<StreamServer>();
   readonly #ended = Promise.withResolvers<never>();
   #server: StreamServer | undefined;
-  #isLeaving = false;
 
-  constructor([name, owner, hostname = "", port]: RegExpExecArray, module: string, makeServer: MakeServer) {
+  constructor([, owner, hostname = "", port]: RegExpExecArray, module: string, makeServer: MakeServer) {
     if (owner !== module) {
       throw new TypeError(`Cannot make a pool of ${module} in a worker of ${owner}: make it in the main thread only`);
     }
     if (hasPool) throw new TypeError(`Cannot make a second pool of ${module}: give each pool a module of its own`);
     hasPool = true;
     this.address = { transport: "tcp", hostname, port: Number(port) };
-    this.#name = name;
     this.#makeServer = makeServer;
   }
 
@@ -166,13 +157,18 @@ class PoolMember {
   /** Rejects at the end: a thread that is ended while its module awaits leaves 2 descriptors and 1.6 MB behind (Deno 2.9.6). */
   serveForever(): Promise<never> {
     this.#catchErrors();
-    this.#greet();
+    const { port1, port2 } = this.#channel;
+    port1.onmessage = ({ data }: MessageEvent<number | null>) => void this.stop(data);
+    locks.request(Reflect.get(globalThis, "name"), () => {
+      Reflect.get(globalThis, "postMessage")(port2, [port2]); // The types of the main thread do not have it.
+      return new Promise<never>(() => {});
+    });
     this.#serve().catch((error) => this.#fail(error));
     return this.#ended.promise;
   }
 
-  /** Ends the server of this worker; the main thread then shuts down the others. */
-  async stop(grace: Order): Promise<PoolShutdownReport> {
+  /** Shuts its server down, or with `null` closes it; the main thread then shuts down the others. */
+  async stop(grace: number | null): Promise<PoolShutdownReport> {
     const server = await this.#serving.promise; // Only a server that serves also serves the backlog.
     if (grace === null) server.close();
     return { ...await server.shutdown({ grace: grace ?? 0 }), hung: [] };
@@ -189,21 +185,12 @@ class PoolMember {
     globalThis.addEventListener("unhandledrejection", (event) => handle(event, event.reason));
   }
 
-  #greet(): void {
-    const { port1, port2 } = this.#channel;
-    port1.onmessage = ({ data }: MessageEvent<Order>) => void this.stop(data);
-    locks.request(this.#name, () => {
-      Reflect.get(globalThis, "postMessage")(port2, [port2]); // The types of the main thread do not have it.
-      return new Promise<never>(() => {});
-    });
-  }
-
   async #serve(): Promise<void> {
     const { hostname, port } = this.address;
     const server = await this.#makeServer({ hostname, port, loadBalanced: true });
     await listenOn(port, server);
     this.#server = server;
-    server.signal.addEventListener("abort", () => this.#isLeaving || this.#tell({ news: "stopping" }));
+    server.signal.addEventListener("abort", () => this.#tell({ news: "stopping" }));
     let last = "";
     setInterval(() => {
       const counts = JSON.stringify(this.stats);
@@ -214,7 +201,7 @@ class PoolMember {
     this.#serving.resolve(server);
     this.#tell({ news: "serving" });
     await served;
-    await this.#leave();
+    this.#leave({ report: await server.shutdown() });
   }
 
   #tell(news: Omit<News, "stats">): void {
@@ -222,17 +209,13 @@ class PoolMember {
   }
 
   #fail(error: unknown): void {
-    void this.#leave(textOf(error, this.stats.overloads > 0));
+    this.#leave({ reason: textOf(error, this.stats.overloads > 0) });
   }
 
-  /** The main thread ends this one after the last report: by then the listener must be closed, and the module at its end. */
-  async #leave(reason?: string): Promise<void> {
-    if (this.#isLeaving) return;
-    this.#isLeaving = true;
-    this.#server?.close();
-    const report = await this.#server?.shutdown();
+  /** Lets the module come to its end before the main thread ends this one. */
+  #leave(how: Pick<News, "report" | "reason">): void {
     this.#ended.reject(WORKER_ENDED);
-    setTimeout(() => this.#tell({ news: "ended", report, reason }));
+    setTimeout(() => this.#tell({ news: "ended", ...how }));
   }
 }
 
@@ -267,34 +250,29 @@ export interface PoolShutdownReport extends ShutdownReport {
 /**
  * A server on every core: threads that share one port and one queue of clients.
  *
- * The module that makes the pool runs in the main thread and again in each worker, where
- * `serveForever()` calls the factory, serves until the pool shuts down, and rejects with
- * an `AbortError` that need not be caught. Other code at the top of the module runs in
- * each thread: ask `isWorker`. Signals reach the main thread only.
+ * The module that makes the pool runs in the main thread and again in each worker, where `serveForever()` calls the
+ * factory, serves until the pool shuts down, and rejects with an `AbortError` that need not be caught. Other code at the
+ * top of the module runs in each thread: ask `isWorker`. Signals reach the main thread only.
  *
- * The main thread holds the port and serves no client. A worker that ends (by an error
- * that is not caught, or `Deno.exit()`) loses its connections; a new one takes its place
- * after 100 ms, doubling up to 10 s until one has served for 30 s. Clients wait in the
- * queue meanwhile. Each worker has its own variables and limits (`maxConnections`).
+ * The main thread holds the port and serves no client. A worker that ends (by an error that is not caught, or
+ * `Deno.exit()`) loses its connections; a new one takes its place after 100 ms, doubling up to 10 s until one has served
+ * for 30 s. Clients wait in the queue meanwhile. Each worker has its own variables and limits (`maxConnections`).
  *
- * Workers load the module from its file: it needs `--allow-read` of it and of the local
- * files that it imports; `deno compile` needs `--include=server.ts`.
+ * Workers load the module from its file: it needs `--allow-read` of it and of the local files that it imports;
+ * `deno compile` needs `--include=server.ts`.
  *
  * @example
  * ```ts ignore
  * import { StreamRequestHandler, TcpServer } from "@socketserver/socketserver";
  * import { WorkerPool } from "@socketserver/socketserver/worker_pool";
- * import { createHash } from "node:crypto";
  *
- * class Hash extends StreamRequestHandler {
+ * class Echo extends StreamRequestHandler {
  *   override async handle() {
- *     for await (const frame of this.request.frames()) {
- *       this.request.write(createHash("sha256").update(frame).digest("hex") + "\n");
- *     }
+ *     for await (const data of this.request) await this.request.send(data);
  *   }
  * }
  *
- * const pool = new WorkerPool(import.meta.url, (address) => new TcpServer(address, Hash), { port: 8009 });
+ * const pool = new WorkerPool(import.meta.url, (address) => new TcpServer(address, Echo), { port: 8009 });
  * if (!pool.isWorker) Deno.addSignalListener("SIGTERM", () => pool.shutdown());
  * await pool.serveForever();
  * ```
@@ -303,14 +281,11 @@ export class WorkerPool implements AsyncDisposable {
   readonly #module: string;
   readonly #address: TcpServerAddress & { hostname: string };
   readonly #size: number;
-  /** This thread's part, if it is a worker. */
-  readonly #member: PoolMember | undefined;
+  readonly #member: PoolMember | undefined; // In a worker.
   readonly #threads = new Set<WorkerThread>();
   readonly #stopping = Promise.withResolvers<void>();
-  /** Holds the port and never accepts. */
-  #holder: TcpServer;
-  /** The counts of the threads that ended. */
-  #past = NO_STATS;
+  #holder: TcpServer; // Holds the port and never accepts.
+  #past = NO_STATS; // The counts of the threads that ended.
   #isListening = false;
   #isServing = false;
   #draining: Promise<PoolShutdownReport> | undefined;
@@ -357,10 +332,14 @@ export class WorkerPool implements AsyncDisposable {
    * Binds the port and lets clients connect. Resolves to the bound address; rejects with what `TcpServer.listen()` throws,
    * and may be tried again then; with `TypeError` if the pool is closed, or the module has another open pool.
    */
-  // deno-lint-ignore require-await -- What #bind() throws is a rejection.
+  // deno-lint-ignore require-await -- What it throws is to be a rejection.
   async listen(): Promise<Deno.NetAddr> {
     if (this.#draining !== undefined) throw new TypeError("Cannot listen: the pool is closed, make a new one");
-    if (this.#member === undefined && !this.#isListening) this.#bind();
+    if (this.#member !== undefined || this.#isListening) return this.address;
+    const { hostname, port } = this.#address;
+    this.#holder = new TcpServer({ hostname, port: port || freePort(hostname), loadBalanced: true }, Nobody);
+    this.#holder.listen();
+    this.#isListening = true;
     return this.address;
   }
 
@@ -388,12 +367,10 @@ export class WorkerPool implements AsyncDisposable {
 
   /**
    * Shuts all workers down side by side, as `BaseServer.shutdown()` does: the clients in the queue are served, handlers
-   * finish their work, and after `grace` the rest are cut off. A worker that still computes 5 s later is given up.
-   * `this.server.shutdown()` in a handler has the same effect.
-   *
-   * @param options `grace`: milliseconds before the rest are cut off, 10,000 by default, whatever the servers' own option
-   * is; 0 cuts at once, `Infinity` never. Throws `RangeError` if it is below 0 or no number.
-   * @returns Resolves to the sums of the workers' reports, with the address free unless a worker hangs; never rejects.
+   * finish their work, and after `grace` ms the rest are cut off: 10,000 by default, whatever the servers' own option is;
+   * 0 cuts at once, `Infinity` never. A worker that still computes 5 s later is given up. A handler's
+   * `this.server.shutdown()` has the same effect. Resolves to the sums of the workers' reports, with the address free
+   * unless a worker hangs; never rejects. Throws `RangeError` if `grace` is below 0 or no number.
    */
   shutdown({ grace = 10_000 }: { grace?: number } = {}): Promise<PoolShutdownReport> {
     if (!(grace >= 0)) throw new RangeError(`Option "grace" must be 0 or more: it is ${grace}`);
@@ -413,20 +390,12 @@ export class WorkerPool implements AsyncDisposable {
   }
 
   /**
-   * Called in the main thread when worker `number`, from 1, ended without being asked to. `reason` is the error that it
-   * did not catch, with its stack; a new thread starts in `delay` ms, or none (`undefined`) as the pool shuts down. The
-   * default prints this. An error that it throws closes the pool, and `serveForever()` rejects with it.
+   * Called in the main thread when worker `number`, from 1, ended by an error, its `reason`; a new thread starts in `delay`
+   * ms, or none (`undefined`) in a shutdown. The default prints it. What it throws closes and rejects `serveForever()`.
    */
   handleCrash(number: number, reason: string, delay: number | undefined): void {
     const next = delay === undefined ? "" : `, another starts in ${delay} ms`;
     console.error("%s", `Worker ${number} ended${next}: ${reason}`);
-  }
-
-  #bind(): void {
-    const { hostname, port } = this.#address;
-    this.#holder = new TcpServer({ hostname, port: port || freePort(hostname), loadBalanced: true }, Nobody);
-    this.#holder.listen();
-    this.#isListening = true;
   }
 
   /** Runs worker `number` and its successors until the pool shuts down. Rejects if none of them has ever served. */
@@ -435,28 +404,27 @@ export class WorkerPool implements AsyncDisposable {
     const name = `worker ${number} of ${this.#module} on ${this.#address.hostname}:${port}`;
     let wait = 0;
     for (let hasServed = false; this.#draining === undefined;) {
-      const { servingSince, reason } = await this.#run(number, name);
+      const thread = new WorkerThread(number, this.#module, name, () => this.shutdown());
+      this.#threads.add(thread);
+      await thread.ended.promise;
+      this.#threads.delete(thread);
+      this.#past = sumOf(this.#past, thread.stats);
+      const { servingSince, reason } = thread;
       hasServed ||= servingSince !== Infinity;
       if (reason === undefined || (!hasServed && this.#draining !== undefined)) return;
       if (!hasServed) throw new TypeError(`Cannot start worker ${number}: ${reason.split("\n")[0]}`);
       const isStable = performance.now() - servingSince >= STABLE_MS;
       wait = isStable ? BACKOFF_MIN_MS : Math.min(wait * 2 || BACKOFF_MIN_MS, BACKOFF_MAX_MS);
       this.handleCrash(number, reason, this.#draining === undefined ? wait : undefined);
-      const { promise, resolve } = Promise.withResolvers<void>();
-      const timer = setTimeout(resolve, wait);
-      await Promise.race([promise, this.#stopping.promise]);
-      clearTimeout(timer);
+      await this.#pause(wait);
     }
   }
 
-  /** Resolves to a thread that is over. */
-  async #run(number: number, name: string): Promise<WorkerThread> {
-    const thread = new WorkerThread(number, this.#module, name, () => this.shutdown());
-    this.#threads.add(thread);
-    await thread.ended.promise;
-    this.#threads.delete(thread);
-    this.#past = sumOf(this.#past, thread.stats);
-    return thread;
+  async #pause(ms: number): Promise<void> {
+    const { promise, resolve } = Promise.withResolvers<void>();
+    const timer = setTimeout(resolve, ms);
+    await Promise.race([promise, this.#stopping.promise]);
+    clearTimeout(timer);
   }
 
   async #drain(grace: number): Promise<PoolShutdownReport> {
