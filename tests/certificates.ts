@@ -18,7 +18,7 @@ export interface Identity {
 export interface Certificates {
   /** The authority that all are vouched for by, unless they say otherwise. */
   ca: Identity;
-  /** For `localhost` and 127.0.0.1. */
+  /** For `localhost`, 127.0.0.1 and ::1. */
   server: Identity;
   /** Another one for the same names. */
   renewed: Identity;
@@ -34,12 +34,16 @@ export interface Certificates {
   chained: Identity;
   /** Of a client, but for servers only. */
   serverOnly: Identity;
+  /** For `localhost`, of version 1. */
+  versionOne: Identity;
   /** For `localhost`, of version 1, with the authority's name and somebody else's signature. */
   forged: Identity;
 }
 
-const NAMES = "subjectAltName=DNS:localhost,IP:127.0.0.1";
+const NAMES = "subjectAltName=DNS:localhost,IP:127.0.0.1,IP:::1";
 const LEAF = "basicConstraints=critical,CA:FALSE";
+/** As most authorities add. */
+const USAGE = "keyUsage=critical,digitalSignature";
 
 let made: Promise<Certificates> | undefined;
 
@@ -69,6 +73,7 @@ async function writtenTo(folder: string, certificates: Certificates): Promise<Ce
     alice: await written("alice"),
     rogue: await written("rogue"),
     expired: await written("expired"),
+    versionOne: await written("versionOne"),
     forged: await written("forged"),
     intermediate: await written("intermediate"),
     chained: await written("chained"),
@@ -79,24 +84,29 @@ async function writtenTo(folder: string, certificates: Certificates): Promise<Ce
 async function makeAll(folder: string): Promise<Certificates> {
   const ca = await makeAuthority(folder, "ca");
   const impostor = await makeAuthority(folder, "impostor");
-  const [server, renewed, alice, rogue, expired, forged, intermediate, serverOnly] = await Promise.all([
-    issue(folder, ca, "server", { extensions: [LEAF, NAMES] }),
+  const [server, renewed, alice, rogue, expired, versionOne, forged, intermediate, serverOnly] = await Promise.all([
+    issue(folder, ca, "server", { extensions: [LEAF, NAMES, USAGE, "extendedKeyUsage=serverAuth"] }),
     issue(folder, ca, "renewed", { extensions: [LEAF, NAMES] }),
-    issue(folder, ca, "alice", { extensions: [LEAF] }),
+    issue(folder, ca, "alice", { extensions: [LEAF, USAGE, "extendedKeyUsage=clientAuth"] }),
     issue(folder, impostor, "rogue", { extensions: [LEAF] }),
     issue(folder, ca, "expired", { extensions: [LEAF, NAMES], days: -1 }),
-    issue(folder, impostor, "localhost", { extensions: [] }),
+    issue(folder, ca, "localhost", { extensions: [] }),
+    issue(await subfolder(folder), impostor, "localhost", { extensions: [] }),
     issue(folder, ca, "intermediate", { extensions: ["basicConstraints=critical,CA:TRUE"] }),
     issue(folder, ca, "serverOnly", { extensions: [LEAF, "extendedKeyUsage=serverAuth"] }),
   ]);
   const chained = await issue(folder, intermediate, "chained", { extensions: [LEAF, NAMES] });
-  return { ca, server, renewed, alice, rogue, expired, forged, intermediate, chained, serverOnly };
+  return { ca, server, renewed, alice, rogue, expired, versionOne, forged, intermediate, chained, serverOnly };
 }
 
 async function makeAuthority(folder: string, name: string): Promise<Identity> {
   const [certFile, keyFile] = [`${folder}/${name}.pem`, `${folder}/${name}.key`];
   await openssl("req", "-x509", ...NEW_KEY, "-keyout", keyFile, "-out", certFile, "-subj", "/CN=Test authority");
   return await read(certFile, keyFile);
+}
+
+async function subfolder(folder: string): Promise<string> {
+  return await Deno.makeTempDir({ dir: folder });
 }
 
 const NEW_KEY = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];

@@ -1,7 +1,7 @@
 /** NativeTlsServer: the runtime's own TLS. */
 
 import { assert, assertEquals, assertMatch, assertThrows } from "../../deps.ts";
-import { connect, type ServerOptions, type StreamRequestHandlerClass } from "../../mod.ts";
+import { connect, perHost, type ServerOptions, type StreamRequestHandlerClass } from "../../mod.ts";
 import { NativeTlsServer, tlsSessionOf } from "../../extras/tls.ts";
 import type { Certificates } from "../certificates.ts";
 import { pattern } from "../fake_conn.ts";
@@ -121,6 +121,18 @@ tlsTest(
     }, { handshakeTimeout: 500 });
   },
 );
+
+tlsTest("filters of a native server run behind its handshake", async (certificates) => {
+  await serving(certificates, Echo, async (server, port) => {
+    using _stalled = await Peer.connect(port);
+    await using client = await dial(certificates, port);
+    await client.send("hello\n");
+    assertEquals(await client.readLine(), "hello");
+    await using other = await dial(certificates, port);
+    assertEquals(await other.recv(), null);
+    assertEquals([server.stats.refused, server.stats.handshakeFailures], [1, 0]);
+  }, { filters: [perHost(1)] });
+});
 
 tlsTest("a native server listens once, says where, and gives the port back", async ({ server: { cert, key } }) => {
   const server = new NativeTlsServer({ port: 0, cert, key }, Echo);

@@ -1,7 +1,7 @@
 /** Certificates: what can serve, what is refused and why, who is trusted, and why handshakes fail. */
 
 import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../../deps.ts";
-import { connect, socketPair, type SocketStream } from "../../mod.ts";
+import { connect, socketPair, type SocketStream, type StreamConn } from "../../mod.ts";
 import { NativeTlsServer, tls, tlsClient, type TlsClientOptions, TlsServer, tlsSessionOf } from "../../extras/tls.ts";
 import type { TlsCertificate, TlsServerAddress } from "../../extras/tls.ts";
 import { type Certificates, openssl, selfSigned } from "../certificates.ts";
@@ -115,7 +115,7 @@ tlsTest("options that cannot be meant are refused at once", async ({ server: { c
 // Servers' certificates
 
 tlsTest("a client trusts nobody that it was not told to trust", async (certificates) => {
-  const { rogue, forged, server, ca, expired } = certificates;
+  const { rogue, forged, versionOne, server, ca, expired } = certificates;
   const refusals: [Partial<TlsServerAddress>, TlsClientOptions, RegExp, string][] = [
     [
       {},
@@ -126,8 +126,9 @@ tlsTest("a client trusts nobody that it was not told to trust", async (certifica
     [{}, { caCerts: [rogue.cert] }, /from no trusted authority/, "UNABLE_TO_VERIFY_LEAF_SIGNATURE"],
     [{}, { caCerts: [ca.cert], serverName: "example.org" }, /is for another name \(.+\); set/, "ERR_TLS_CERT_ALTNAME"],
     [expired, { caCerts: [ca.cert] }, /the peer's certificate has expired \(.+\); renew it$/, "CERT_HAS_EXPIRED"],
-    // The runtime's own check accepts this one (2.9.6).
+    // The runtime's own check accepts these two (2.9.6).
     [forged, { caCerts: [ca.cert], serverName: "localhost" }, /is not valid, or from no trusted authority$/, ""],
+    [versionOne, { caCerts: [ca.cert], serverName: "localhost" }, /is not valid, or from no trusted authority$/, ""],
   ];
   for (const [{ cert = server.cert, key = server.key }, options, sentence, code] of refusals) {
     await serving(certificates, Echo, async (_server, port) => {
@@ -139,6 +140,17 @@ tlsTest("a client trusts nobody that it was not told to trust", async (certifica
     }, { address: { cert, key } });
   }
 });
+
+tlsTest(
+  "the name to check is the host that connect() was asked for, without the brackets of IPv6",
+  async (certificates) => {
+    await serving(certificates, Echo, async (_server, port) => {
+      await using client = await dial(certificates, port, {}, "[::1]");
+      assertMatch(tlsSessionOf(client)?.peerCertificate?.altNames ?? "", /^DNS:localhost, IP Address:127.0.0.1, IP /);
+      assertEquals(tlsSessionOf(client)?.serverName, undefined);
+    }, { address: { hostname: "::1" } });
+  },
+);
 
 tlsTest("a certificate from an intermediate authority is trusted if the chain is sent", async (certificates) => {
   const { intermediate, chained, ca } = certificates;
@@ -205,30 +217,39 @@ tlsTest(
   },
 );
 
+/** Clients whose certificate is refused, by what is wrong with it. */
+const REFUSED = { "from another authority": "rogue", "for servers only": "serverOnly" } as const;
+
 for (const version of ["-tls1_2", "-tls1_3"]) {
-  tlsTest(`a session that is resumed (${version}) is no way around client certificates`, async (certificates) => {
-    const { ca, rogue, alice } = certificates;
-    const run = async (port: number, ...args: string[]): Promise<string> => {
-      const where = ["s_client", "-connect", `127.0.0.1:${port}`, "-CAfile", ca.certFile, version, ...args];
-      await using program = Program.start("openssl", where);
-      return (await program.ended()).stdout;
-    };
-    const session = `${rogue.certFile}.session`;
-    await serving(certificates, Who, async (_strict, port) => {
-      await run(port, "-cert", rogue.certFile, "-key", rogue.keyFile, "-sess_out", session);
-      await run(port, "-sess_in", session);
-      await serving(certificates, Who, async (_plain, plainPort) => {
-        assertMatch(await run(plainPort, "-sess_out", session), /undefined\n/);
-      });
-      Who.handlers = 0;
-      await run(port, "-sess_in", session);
-      assertEquals(Who.handlers, 0);
-      // Not everybody is turned away.
-      const args = ["-cert", alice.certFile, "-key", alice.keyFile];
-      assertMatch(await run(port, ...args, "-sess_out", session), /alice\n/);
-      assertMatch(await run(port, ...args, "-sess_in", session), /alice\n/);
-    }, { address: { clientCa: [ca.cert] } });
-  });
+  for (const [wrong, name] of Object.entries(REFUSED)) {
+    tlsTest(
+      `a session that is resumed (${version}) does not let a certificate in that is ${wrong}`,
+      async (certificates) => {
+        const { ca, alice, [name]: refused } = certificates;
+        const run = async (port: number, ...args: string[]): Promise<string> => {
+          const where = ["s_client", "-connect", `127.0.0.1:${port}`, "-CAfile", ca.certFile, version, ...args];
+          await using program = Program.start("openssl", where);
+          return (await program.ended()).stdout;
+        };
+        const session = `${refused.certFile}.session`;
+        Who.handlers = 0;
+        await serving(certificates, Who, async (_strict, port) => {
+          await run(port, "-cert", refused.certFile, "-key", refused.keyFile, "-sess_out", session);
+          await run(port, "-sess_in", session);
+          assertEquals(Who.handlers, 0);
+          await serving(certificates, Who, async (_plain, plainPort) => {
+            assertMatch(await run(plainPort, "-sess_out", session), /undefined\n/);
+          });
+          await run(port, "-sess_in", session);
+          assertEquals(Who.handlers, 1); // That of the server that asks for no certificate.
+          // Not everybody is turned away.
+          const args = ["-cert", alice.certFile, "-key", alice.keyFile];
+          assertMatch(await run(port, ...args, "-sess_out", session), /alice\n/);
+          assertMatch(await run(port, ...args, "-sess_in", session), /alice\n/);
+        }, { address: { clientCa: [ca.cert] } });
+      },
+    );
+  }
 }
 
 // Why handshakes fail
@@ -259,6 +280,37 @@ for (const [what, args, address, sentence] of FAILURES) {
     }, { address });
   });
 }
+
+/** A filter whose writes begin in the next turn of the event loop. */
+function slowToWrite(conn: StreamConn): StreamConn {
+  const { localAddr, remoteAddr } = conn;
+  return {
+    ...{ under: conn, localAddr, remoteAddr },
+    read: (into) => conn.read(into),
+    write: async (data) => {
+      await new Promise<void>((resolve) => setImmediate(resolve));
+      return await conn.write(data);
+    },
+    closeWrite: () => conn.closeWrite(),
+    close: () => conn.close(),
+  };
+}
+
+tlsTest("an alert reaches its client also through a filter that takes a moment to write", async (certificates) => {
+  await serving(certificates, Echo, async (_server, port) => {
+    const args = ["s_client", "-connect", `127.0.0.1:${port}`, "-alpn", "http/1.1"];
+    await using program = Program.start("openssl", args);
+    assertMatch((await program.ended()).stderr, /alert no application protocol/);
+  }, { address: { alpnProtocols: ["echo/1"] }, filters: [slowToWrite] });
+});
+
+tlsTest("a client tells a server that it distrusts why, by an alert", async (certificates) => {
+  await serving(certificates, Echo, async (server, port) => {
+    await rejectionOf(connect({ port, filters: [tlsClient()] }));
+    await until(() => server.errors.length === 1);
+    assertMatch(server.errors[0]?.message ?? "", /does not accept this side's certificate \(received fatal alert: /);
+  });
+});
 
 tlsTest("a client that offers none of the server's protocols is served", async (certificates) => {
   await serving(certificates, Echo, async (server, port) => {

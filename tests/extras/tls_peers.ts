@@ -47,8 +47,13 @@ export async function serving(
 }
 
 /** A client that trusts the test's authority. */
-export function dial({ ca }: Certificates, port: number, options: TlsClientOptions = {}): Promise<SocketStream> {
-  return connect({ port, timeout: 10_000, filters: [tlsClient({ caCerts: [ca.cert], ...options })] });
+export function dial(
+  { ca }: Certificates,
+  port: number,
+  options: TlsClientOptions = {},
+  hostname = "127.0.0.1",
+): Promise<SocketStream> {
+  return connect({ hostname, port, timeout: 10_000, filters: [tlsClient({ caCerts: [ca.cert], ...options })] });
 }
 
 /** How many sockets this process has open. Another one has to look, as reading /proc takes all permissions. */

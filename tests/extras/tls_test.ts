@@ -220,7 +220,8 @@ tlsTest("both sides see what was negotiated", async (certificates) => {
     const ours = tlsSessionOf(client);
     assertEquals([ours?.protocol, ours?.alpnProtocol], ["TLSv1.3", "echo/1"]);
     const peer = ours?.peerCertificate;
-    assertEquals([peer?.commonName, peer?.altNames], ["server", "DNS:localhost, IP Address:127.0.0.1"]);
+    assertEquals(peer?.commonName, "server");
+    assertMatch(peer?.altNames ?? "", /^DNS:localhost, IP Address:127.0.0.1, IP Address:/);
     assertEquals([peer?.subject, peer?.issuer], ["CN=server", "CN=Test authority"]);
     assertMatch(peer?.fingerprint256 ?? "", /^([0-9A-F]{2}:){31}[0-9A-F]{2}$/);
     assert(peer !== undefined && peer.validFrom < peer.validTo && peer.raw.length > 100 && peer.serialNumber !== "");
