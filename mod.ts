@@ -2857,24 +2857,14 @@ export abstract class StreamRequestHandler extends BaseRequestHandler<SocketStre
 export abstract class DatagramRequestHandler extends BaseRequestHandler<Datagram, DatagramServer> {}
 
 /** The class of the handlers of a {@linkcode StreamServer}. */
-export interface StreamRequestHandlerClass {
-  /** Makes the handler of one connection. */
-  new (
-    request: SocketStream,
-    clientAddress: Deno.Addr,
-    server: StreamServer,
-  ): BaseRequestHandler<SocketStream, StreamServer>;
-}
+export type StreamRequestHandlerClass = new (
+  ...args: [request: SocketStream, clientAddress: Deno.Addr, server: StreamServer]
+) => BaseRequestHandler<SocketStream, StreamServer>;
 
 /** The class of the handlers of a {@linkcode DatagramServer}. */
-export interface DatagramRequestHandlerClass {
-  /** Makes the handler of one datagram. */
-  new (
-    request: Datagram,
-    clientAddress: Deno.Addr,
-    server: DatagramServer,
-  ): BaseRequestHandler<Datagram, DatagramServer>;
-}
+export type DatagramRequestHandlerClass = new (
+  ...args: [request: Datagram, clientAddress: Deno.Addr, server: DatagramServer]
+) => BaseRequestHandler<Datagram, DatagramServer>;
 
 type HandlerCalls = Pick<StreamRequestHandler, "setup" | "handle" | "finish">;
 
