@@ -276,13 +276,8 @@ export class Service implements AsyncDisposable {
     { port = 0, opsPort = 0, permissions = ["--allow-net=127.0.0.1"] } = {},
   ): Promise<Service> {
     const flags = ["--port", `${port}`, "--ops-port", `${opsPort}`, ...args];
-    const program = Program.start(Deno.execPath(), [
-      "run",
-      "--no-prompt",
-      ...permissions,
-      here("../docs/running/service.ts"),
-      ...flags,
-    ]);
+    const run = ["run", "--no-prompt", ...permissions, here("../docs/running/service.ts"), ...flags];
+    const program = Program.start(Deno.execPath(), run);
     try {
       const [, own, ops] = await program.printed(/"listening".*:(\d+)"\}\n.*"operators".*:(\d+)"\}\n/);
       return new Service(program, Number(own), Number(ops));
