@@ -595,7 +595,6 @@ const ADVICE: Record<string, string> = {
   EADDRNOTAVAIL: "this machine has no such address, choose one of its own",
   EACCES: "choose another address (ports below 1024 are reserved)",
   ECONNREFUSED: "start the server or check the address",
-  ECONNRESET: "the server may be about to end, try again",
   ENOENT: "start the server or check the path",
 };
 
@@ -685,6 +684,18 @@ function prepareForExhaustion(): void {
 /** A TLS peer that closes without close_notify. Many real peers do, and Python and Node read it as the end, too. */
 function isUncleanEnd(error: unknown): boolean {
   return error instanceof Deno.errors.UnexpectedEof;
+}
+
+/** The connection of `Deno.startTls` has addresses without a `transport`. */
+function withAddresses(conn: Deno.TlsConn, { localAddr, remoteAddr }: StreamConn): StreamConn {
+  return {
+    localAddr,
+    remoteAddr,
+    read: (into) => conn.read(into),
+    write: (data) => conn.write(data),
+    closeWrite: () => conn.closeWrite(),
+    close: () => conn.close(),
+  };
 }
 
 /** The part of the runtime's datagram socket that a {@linkcode DatagramServer} needs; its own type needs `--unstable-net`. */
@@ -1054,6 +1065,11 @@ class Input {
   #resize(wanted: number): void {
     this.#smallReads = 0;
     this.#wanted = wanted;
+  }
+
+  /** Makes the next buffers as large as a caller wants its chunks. */
+  want(count: number): void {
+    this.#wanted = Math.max(this.#wanted, Math.min(count, MAX_BUFFER_BYTES));
   }
 
   /** Takes in bytes that were read into another place. */
@@ -1720,6 +1736,11 @@ class Transport implements Watched {
     (this.#releases ??= []).push(release);
   }
 
+  recv(maxBytes: number): Promise<Bytes | null> {
+    if (maxBytes < Infinity) this.#input.want(maxBytes);
+    return this.read("recv()", takeChunk, maxBytes);
+  }
+
   /** The one place where reads begin. */
   read<T, Argument>(
     call: string,
@@ -2108,13 +2129,14 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   /**
    * Reads what has arrived, or waits until something does. Resolves to 1 to `maxBytes`
    * (default `Infinity`) bytes, which are the caller's, and to `null` at the end of the
-   * stream. To transfer them to a worker, take a `slice()`: their buffer may hold more.
+   * stream. Name a number, as in `recv(1024)`, if so much should come in one piece. To
+   * transfer the bytes to a worker, take a `slice()`: their buffer may hold more.
    */
   recv(maxBytes: number = Infinity): Promise<Uint8Array<ArrayBuffer> | null> {
     if (!(maxBytes >= 1 && (Number.isInteger(maxBytes) || maxBytes === Infinity))) {
       return rejection(new RangeError(`Cannot recv(${maxBytes}): ask for a whole number of 1 or more, or Infinity`));
     }
-    return this.#transport.read("recv()", takeChunk, maxBytes);
+    return this.#transport.recv(maxBytes);
   }
 
   /**
@@ -2759,9 +2781,13 @@ async function startTls(filtered: Filtered, options: ConnectTlsOptions, hostname
       'Option "tls" needs a bare TCP connection; over a Unix socket or another filter use a TLS filter',
     );
   }
-  const encrypted = await Deno.startTls(conn, { hostname: serverName, caCerts, alpnProtocols });
-  filtered.conn = encrypted;
-  await encrypted.handshake();
+  try {
+    const encrypted = await Deno.startTls(conn, { hostname: serverName, caCerts, alpnProtocols });
+    filtered.conn = withAddresses(encrypted, conn);
+    await encrypted.handshake();
+  } catch (error) {
+    throw restate(error, `the TLS handshake failed: ${systemWords(error)}`);
+  }
 }
 
 function isTcpConn(conn: StreamConn): conn is StreamConn & Deno.TcpConn {
@@ -3491,6 +3517,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     if (this.#phase === "closed") return;
     this.#phase = "closed";
     this.#abortSignal();
+    this.#acceptor?.close();
     this.#cutAll();
     this.#wake();
     this.#draining ??= this.#drain(0);
@@ -4652,7 +4679,7 @@ interface OpenClient {
 /**
  * The other end of a {@linkcode DatagramServer}: it sends to one server, and takes
  * datagrams from that one only. The first call opens the socket. It needs
- * `--unstable-net`.
+ * `--unstable-net`. Over a Unix socket the runtime cannot send while a `recv()` waits.
  *
  * @example
  * ```ts

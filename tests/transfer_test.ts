@@ -1,5 +1,6 @@
 import { connect, socketPair, type SocketStream, TcpServer, UnixServer } from "../mod.ts";
-import { assert, assertEquals, createHash } from "../deps.ts";
+import { createHash } from "node:crypto";
+import { assert, assertEquals } from "../deps.ts";
 import { randomNumbers } from "./fake_conn.ts";
 import { Echo, networkTest, unixTest } from "./testing.ts";
 

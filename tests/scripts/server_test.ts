@@ -1,6 +1,6 @@
 /** server.ts as a person runs it: its flags, its signals, what it says. */
 
-import { assert, assertEquals, assertMatch } from "../deps.ts";
+import { assert, assertEquals, assertMatch } from "../../deps.ts";
 import {
   assertFailed,
   freePort,
@@ -15,8 +15,8 @@ import {
   startUnixServer,
   Terminal,
   unixPermissions,
-} from "./programs.ts";
-import { programTest } from "./testing.ts";
+} from "../programs.ts";
+import { programTest } from "../testing.ts";
 
 const STAMP = String.raw`\[[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4}\] `;
 const STAMP_LENGTH = "[Thu Sep 15 22:29:12 2016] ".length;
@@ -113,7 +113,7 @@ programTest("with --lines each line has one stamp", async (t) => {
   }
 });
 
-programTest("with --lines a line over 64 KiB ends its client, in one sentence, and no other", async () => {
+programTest("with --lines a line over 64 KiB is answered by one line, ends its client, and no other", async () => {
   await using server = startServer(["--lines"]);
   const port = await portOf(server);
   using other = await Peer.connect(port);
@@ -121,6 +121,7 @@ programTest("with --lines a line over 64 KiB ends its client, in one sentence, a
   await other.receive("\n");
   using peer = await Peer.connect(port);
   await peer.send("x".repeat(70_000));
+  assertEquals(await peer.receive("\n"), "The line is too long, and nothing after it is read\n");
   await server.complained("\n");
   assertMatch(server.stderr, new RegExp(`^Error while serving 127\\.0\\.0\\.1:${peer.port}: .*65536.*\n$`));
   await other.send("after\n");
@@ -162,36 +163,6 @@ programTest("--idle-timeout closes a silent client and says nothing", async () =
   assertEquals(server.stderr, "");
 });
 
-programTest("--max-lifetime closes a client that is not silent, and says nothing", async () => {
-  await using server = startServer(["--max-lifetime", "50"]);
-  using peer = await Peer.connect(await portOf(server));
-  await peer.send("hello\n");
-  assertMatch(new TextDecoder().decode(await peer.receiveAll()), stamped("hello\n"));
-  assertEquals(server.stderr, "");
-});
-
-programTest("--proxy-from names the client whom a proxy names, and refuses others", async () => {
-  await using server = startServer(["--proxy-from", "192.0.2.0/24,127.0.0.1"]);
-  using peer = await Peer.connect(await portOf(server));
-  await peer.send("PROXY TCP4 203.0.113.7 198.51.100.2 50000 443\r\nhello");
-  assertMatch(await peer.receive("hello"), stamped("hello"));
-  await server.printed("...connected from: 203.0.113.7:50000\n");
-  await using strict = startServer(["--proxy-from", "192.0.2.0/24"]);
-  using refused = await Peer.connect(await portOf(strict));
-  assertEquals((await refused.receiveAll()).length, 0);
-});
-
-programTest("--max-connections-per-host 1 closes the second client at once", async () => {
-  await using server = startServer(["--max-connections-per-host", "1"]);
-  const port = await portOf(server);
-  using first = await Peer.connect(port);
-  await first.send("first\n");
-  assertMatch(await first.receive("\n"), stamped("first\n"));
-  using second = await Peer.connect(port);
-  assertEquals((await second.receiveAll()).length, 0);
-  assertEquals(server.stdout.match(/connected from/g)?.length, 1);
-});
-
 programTest("--quiet prints nothing", async () => {
   const port = freePort();
   await using server = startScript("server.ts", ["--port", String(port), "--quiet"]);
@@ -202,7 +173,7 @@ programTest("--quiet prints nothing", async () => {
 });
 
 const TOLD = [
-  { flag: "--help", told: /^Answers what .*\n\nUsage: .*--hostname HOST.*--port PORT.*--unix PATH/s },
+  { flag: "--help", told: /^Answers what .*\nUsage: .*--hostname HOST.*--port PORT.*--unix PATH/s },
   { flag: "--version", told: /^server\.ts \d+\.\d+\.\d+\n$/ },
 ];
 
@@ -220,7 +191,7 @@ programTest("a port in use is one sentence and exit code 1", async () => {
   using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
   const { port } = listener.addr;
   const outcome = await runScript("server.ts", ["--port", String(port)]);
-  assertFailed(outcome, 1, new RegExp(`^server\\.ts: .*127\\.0\\.0\\.1:${port}.* in use; .*\n$`));
+  assertFailed(outcome, 1, new RegExp(`^server\\.ts: .*127\\.0\\.0\\.1:${port}.* in use.*\n$`));
   assertEquals(outcome.stdout, "");
 });
 
@@ -228,7 +199,7 @@ programTest("an address of another machine is one sentence and exit code 1", asy
   const outcome = await runScript("server.ts", ["--hostname", "192.0.2.1", "--port", "0"], {
     permissions: ["--allow-net=192.0.2.1"],
   });
-  assertFailed(outcome, 1, /192\.0\.2\.1:0.* no such address; /);
+  assertFailed(outcome, 1, /192\.0\.2\.1:0: cannot assign requested address/);
 });
 
 programTest("a missing permission is named, and with exactly that flag the server runs", async () => {
@@ -256,7 +227,7 @@ programTestIn(
 );
 
 programTest("the first line of server.ts asks for its default address only", async () => {
-  const script = new URL("../server.ts", import.meta.url);
+  const script = new URL("../../server.ts", import.meta.url);
   const [first] = (await Deno.readTextFile(script)).split("\n");
   assertEquals(first, "#!/usr/bin/env -S deno run --allow-net=127.0.0.1:8009");
   const { mode } = await Deno.stat(script);
@@ -277,175 +248,7 @@ programTest("a reader that leaves does no harm", async () => {
   assertEquals([code, stderr], [0, ""]);
 });
 
-// --- Status ---------------------------------------------------------------------
-
-const IDLE = "messages/s: 0, bytes/s in: 0, bytes/s out: 0";
-
-if (Deno.build.os !== "windows") {
-  for (const flags of [[], ["--quiet"]]) {
-    programTest(`SIGUSR2 prints how the server is doing ${flags.join()}`, async () => {
-      const port = freePort();
-      await using server = startServer(["--port", String(port), ...flags]);
-      const client = await runScript("client.ts", ["--port", String(port), "--retries", "50", "hello"]);
-      assertMatch(client.stdout, stamped("hello\n"));
-      server.kill("SIGUSR2");
-      const [, messages, bytesIn, bytesOut] = await server.printed(
-        /connections: \d, messages\/s: (\d+), bytes\/s in: (\d+), bytes\/s out: (\d+)\n/,
-      );
-      const rates = [messages, bytesIn, bytesOut].map(Number);
-      assert(rates.every((rate) => rate >= 0) && Number(bytesIn) <= Number(bytesOut));
-    });
-  }
-}
-
-programTest("on a terminal the last line says how the server is doing, and is gone at the end", async () => {
-  const port = freePort();
-  await using server = new Terminal(["--port", String(port)], 80, "server.ts");
-  const waiting = `waiting for connection... on 127.0.0.1:${port}`;
-  await server.shows(waiting, `connections: 0, ${IDLE}`);
-  using peer = await Peer.connect(port);
-  const connected = `...connected from: 127.0.0.1:${peer.port}`;
-  await server.shows(waiting, connected, `connections: 1, ${IDLE}`);
-  await peer.send("hello\n");
-  await peer.receive("\n");
-  await peer.closeWrite();
-  await server.shows(waiting, connected, `connections: 0, ${IDLE}`);
-  await server.type("\x03");
-  const { how, screen } = await server.ended();
-  assertMatch(how, /exit code 0, terminal as it was/);
-  assertEquals(screen, [waiting, connected, "clients: 1, cut off: 0, bytes in: 6, bytes out: 33", ""]);
-});
-
-programTest("on a narrow terminal the last line is cut, and with --quiet there is none", async () => {
-  const port = freePort();
-  await using server = new Terminal(["--port", String(port)], 50, "server.ts");
-  const waiting = `waiting for connection... on 127.0.0.1:${port}`;
-  await server.shows(waiting, `connections: 0, ${IDLE}`.slice(0, 49));
-  await server.type("\x03");
-  await server.ended();
-  await using quiet = new Terminal(["--port", String(port), "--quiet"], 80, "server.ts");
-  await runScript("client.ts", ["--port", String(port), "--retries", "50", "hello"]);
-  await quiet.type("\x03");
-  assertEquals((await quiet.ended()).screen, ["^C"]);
-});
-
-// --- JSON and colours -------------------------------------------------------------
-
-/** The events of `output`, without their times and what differs from run to run. */
-function eventsIn(output: string): Record<string, unknown>[] {
-  return output.trimEnd().split("\n").map((line) => {
-    const { time, duration, ...fields } = JSON.parse(line);
-    assertMatch(time, /^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$/);
-    assert(duration === undefined || duration >= 0);
-    return fields;
-  });
-}
-
-const NO_INCIDENTS = {
-  rejected: 0,
-  aborted: 0,
-  timedOut: 0,
-  errors: 0,
-  lost: 0,
-  refused: 0,
-  handshakeFailures: 0,
-  dropped: 0,
-  overloads: 0,
-};
-
-programTest("--json tells of everything in lines of JSON, and of nothing else", async () => {
-  await using server = startServer(["--json", "--lines"]);
-  const [, portText] = await server.printed(/127\.0\.0\.1:(\d+)"\}\n/);
-  const port = Number(portText);
-  using peer = await Peer.connect(port);
-  const client = `127.0.0.1:${peer.port}`;
-  await peer.send("hello\n");
-  await peer.receive("\n");
-  await peer.closeWrite();
-  await peer.receiveAll();
-  await server.printed('"closed"');
-  using long = await Peer.connect(port);
-  const longClient = `127.0.0.1:${long.port}`;
-  await long.send("x".repeat(70_000));
-  await server.printed(/"closed"[^]*"closed"/);
-  server.kill("SIGTERM");
-  const { code, stdout, stderr } = await server.ended();
-  assertEquals([code, stderr], [0, ""]);
-  const [listening, opened, closed, reopened, error, reclosed, stopped] = eventsIn(stdout);
-  assertEquals(listening, { event: "listening", address: `127.0.0.1:${port}` });
-  assertEquals(opened, { event: "opened", client });
-  assertEquals(closed, { event: "closed", client, reason: "finished", bytesRead: 6, bytesWritten: 33 });
-  assertEquals(reopened, { event: "opened", client: longClient });
-  const message = "Cannot read until the delimiter: it does not come within 65536 bytes";
-  assertEquals({ ...error, message }, { event: "error", client: longClient, name: "LimitOverrunError", message });
-  assertEquals([reclosed?.event, reclosed?.reason], ["closed", "error"]);
-  const { bytesRead, ...others } = stopped ?? {};
-  assert(Number(bytesRead) > 65_536);
-  assertEquals(others, {
-    event: "stopped",
-    finished: 0,
-    cut: [],
-    ...NO_INCIDENTS,
-    accepted: 2,
-    active: 0,
-    errors: 1,
-    bytesWritten: 33,
-  });
-});
-
-programTest("--json --udp tells of each datagram, and of an answer that cannot be sent", async () => {
-  await using server = startServer(["--json", "--udp"]);
-  const [, port = ""] = await server.printed(/127\.0\.0\.1:(\d+)"\}\n/);
-  await runScript("client.ts", ["--udp", "--port", port, "hello"]);
-  await runScript("client.ts", ["--udp", "--port", port, "--timeout", "1"], { input: "x".repeat(65_500) });
-  await server.printed('"error"');
-  server.kill("SIGTERM");
-  const events = eventsIn((await server.ended()).stdout);
-  assertEquals(events.map(({ event }) => event), ["listening", "datagram", "datagram", "error", "stopped"]);
-  assertEquals(events.map(({ bytesRead }) => bytesRead), [undefined, 5, 65_500, undefined, 65_505]);
-});
-
-programTest("--json --quiet tells of errors, and of the rest when it is asked", async () => {
-  const port = freePort();
-  await using server = startServer(["--port", String(port), "--json", "--quiet", "--lines"]);
-  const client = await runScript("client.ts", ["--port", String(port), "--retries", "50"], {
-    input: "x".repeat(70_000) + "\n",
-  });
-  assertEquals(client.code, 1);
-  await server.printed('"error"');
-  if (Deno.build.os !== "windows") {
-    server.kill("SIGUSR2");
-    await server.printed('"status"');
-  }
-  server.kill("SIGTERM");
-  const events = eventsIn((await server.ended()).stdout);
-  assertEquals(events[0]?.event, "error");
-  assert(events.slice(1).every(({ event }) => event === "status"));
-});
-
-programTestIn("--json escapes what a client has named, so that a line is a line", async (folder) => {
-  const path = `${folder}/server.sock`;
-  const permissions = [`--allow-read=${folder}`, `--allow-write=${folder}`, "--allow-net"];
-  await using server = startScript("server.ts", ["--json", "--udp", "--unix", path], { permissions });
-  await server.printed("listening");
-  const name = `${folder}/"\n\x1b[2J\u202e`;
-  const socket = Deno.listenDatagram({ transport: "unixpacket", path: name });
-  try {
-    await socket.send(new TextEncoder().encode("hello"), { transport: "unixpacket", path });
-    await server.printed('"datagram"');
-  } finally {
-    socket.close();
-  }
-  server.kill("SIGTERM");
-  const { stdout } = await server.ended();
-  // deno-lint-ignore no-control-regex
-  assert(!/[\x00-\x09\x0b-\x1f\u202e]/.test(stdout));
-  assertEquals(eventsIn(stdout)[1], {
-    event: "datagram",
-    client: `${folder}/"\\n\\x1b[2J\\u202e`,
-    bytesRead: 5,
-  });
-});
+// --- Colours ------------------------------------------------------------------
 
 const COLOUR = "\x1b[36m";
 
@@ -453,8 +256,8 @@ for (
   const [name, env, isColoured] of [["in colours", { NO_COLOR: "" }, true], ["not with NO_COLOR", {}, false]] as const
 ) {
   programTest(`on a terminal addresses stand out, ${name}`, async () => {
-    await using server = new Terminal(["--port", String(freePort())], 80, "server.ts", env);
-    await server.showsLike(/waiting for connection\.\.\. on 127\.0\.0\.1:\d+\nconnections: 0/);
+    await using server = new Terminal(["--port", String(freePort())], { script: "server.ts", env });
+    await server.showsLike(/waiting for connection\.\.\. on 127\.0\.0\.1:\d+/);
     assertEquals(server.output.includes(COLOUR), isColoured);
   });
 }
@@ -484,7 +287,7 @@ programTestIn("a live server's socket is left alone, and said to be in use", asy
   const path = `${folder}/server.sock`;
   await using _server = await startUnixServer(path);
   const outcome = await runScript("server.ts", ["--unix", path], { permissions: unixPermissions(path) });
-  assertFailed(outcome, 1, / in use; /);
+  assertFailed(outcome, 1, /address already in use/);
   using peer = await Peer.connectUnix(path);
   await peer.send("hello\n");
   assertMatch(await peer.receive("\n"), stamped("hello\n"));
@@ -494,7 +297,7 @@ programTestIn("a file that is no socket is left alone, and said to be one", asyn
   const path = `${folder}/notes.txt`;
   await Deno.writeTextFile(path, "precious");
   const outcome = await runScript("server.ts", ["--unix", path], { permissions: unixPermissions(path) });
-  assertFailed(outcome, 1, / no socket; /);
+  assertFailed(outcome, 1, /notes\.txt.*socket/);
   assertEquals(await Deno.readTextFile(path), "precious");
 });
 
@@ -568,32 +371,4 @@ programTest("a second signal is heard however soon it comes", async () => {
   assert(performance.now() - begun < 5_000);
   assertEquals(code, 0);
   assertMatch(stdout, /\nclients: 1, cut off: 1, /);
-});
-
-// --- Workers ------------------------------------------------------------------
-
-const FILES = ["server.ts", "mod.ts", "deps.ts"].map((file) => new URL(`../${file}`, import.meta.url).pathname);
-
-programTest("server.ts --workers counts what all of them have done, and names the flag that it needs", async () => {
-  const args = ["--port", "0", "--workers", "2"];
-  const permissions = ["--allow-net=127.0.0.1"];
-  const refused = await runScript("server.ts", args, { permissions });
-  const flag = `--allow-read=${FILES}`;
-  assertFailed(refused, 1, new RegExp(`^server\\.ts: --workers: permission is missing; run again with ${flag}\n$`));
-
-  await using server = startScript("server.ts", args, { permissions: [...permissions, flag] });
-  const port = await portOf(server);
-  for (let count = 0; count < 10; count++) {
-    using peer = await Peer.connect(port);
-    await peer.send("hello\n");
-    assertMatch(await peer.receive("\n"), stamped("hello\n"));
-    await peer.closeWrite();
-    await peer.receiveAll();
-  }
-  server.kill("SIGUSR2");
-  await server.printed(/^connections: \d+, messages\/s: \d+, /m);
-  server.kill("SIGTERM");
-  const { code, stdout, stderr } = await server.ended();
-  assertEquals([code, stderr], [0, ""]);
-  assertMatch(stdout, /^clients: 10, cut off: 0, bytes in: 60, bytes out: 330$/m);
 });

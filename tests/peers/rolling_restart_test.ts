@@ -1,34 +1,36 @@
 /** Restarts that nobody notices: behind a balancer, and of the one process that serves a port. */
 
-import { assert, assertEquals } from "../deps.ts";
+import { assert, assertEquals } from "../../deps.ts";
 import { startHaproxy } from "./balancers.ts";
-import { Load } from "./load.ts";
-import { type Program, programTestIn, startScript } from "./programs.ts";
+import { Load } from "../load.ts";
+import { peerTest, Service } from "../programs.ts";
 import { runningFile } from "./running_files.ts";
-import { scaled } from "./testing.ts";
+import { scaled } from "../testing.ts";
 
-const ROUNDS = scaled(1, 20);
+const ROUNDS = scaled(1, 10);
 
-/** A server that is started again at the same ports. */
+/** A service that is started again at the same ports. */
 class Restartable implements AsyncDisposable {
   readonly #args: string[];
-  #program: Program;
+  #service: Service;
   /** Bytes that those before have sent. */
   #bytesOut = 0;
-  readonly port: number;
-  readonly health: number;
 
-  private constructor(args: string[], program: Program, port: number, health: number) {
+  private constructor(args: string[], service: Service) {
     this.#args = args;
-    this.#program = program;
-    this.port = port;
-    this.health = health;
+    this.#service = service;
   }
 
   static async start(args: string[]): Promise<Restartable> {
-    const program = startScript("server.ts", ["--port", "0", "--health", "0", ...args]);
-    const ports = await program.printed(/connection... on 127\.0\.0\.1:(\d+)\nhealth is told on 127\.0\.0\.1:(\d+)\n/);
-    return new Restartable(args, program, Number(ports[1]), Number(ports[2]));
+    return new Restartable(args, await Service.start(args));
+  }
+
+  get port(): number {
+    return this.#service.port;
+  }
+
+  get opsPort(): number {
+    return this.#service.opsPort;
   }
 
   get bytesOut(): number {
@@ -37,21 +39,22 @@ class Restartable implements AsyncDisposable {
 
   /** Ends it by SIGTERM; fails if it cuts anybody off. */
   async end(): Promise<void> {
-    this.#program.kill("SIGTERM");
-    const { code, stdout, stderr } = await this.#program.ended();
-    const [, cut, bytesOut] = /cut off: (\d+), bytes in: \d+, bytes out: (\d+)\n$/.exec(stdout) ?? [];
-    assertEquals({ code, stderr, cut }, { code: 0, stderr: "", cut: "0" });
-    this.#bytesOut += Number(bytesOut);
+    const { program } = this.#service;
+    program.kill("SIGTERM");
+    const { code, stderr } = await program.ended();
+    const stopped = this.#service.events.at(-1);
+    assertEquals({ code, stderr, cut: stopped?.cut }, { code: 0, stderr: "", cut: [] });
+    this.#bytesOut += Number(stopped?.bytesWritten);
   }
 
   async restart(): Promise<void> {
+    const { port, opsPort } = this.#service;
     await this.end();
-    this.#program = startScript("server.ts", ["--port", `${this.port}`, "--health", `${this.health}`, ...this.#args]);
-    await this.#program.printed("health is told on");
+    this.#service = await Service.start(this.#args, { port, opsPort });
   }
 
   async [Symbol.asyncDispose](): Promise<void> {
-    await this.#program[Symbol.asyncDispose]();
+    await this.#service[Symbol.asyncDispose]();
   }
 }
 
@@ -63,11 +66,12 @@ async function ruleOfUnit(): Promise<{ drainDelay: string; pauseMs: number }> {
   return { drainDelay, pauseMs: Number(seconds) * 1_000 };
 }
 
-programTestIn(
+peerTest(
+  ["haproxy"],
   `two servers behind HAProxy under load, each restarted in turn, ${ROUNDS} rounds: no exchange fails`,
   async (folder) => {
     const { drainDelay, pauseMs } = await ruleOfUnit();
-    const args = ["--lines", "--drain-delay", drainDelay, "--proxy-from", "127.0.0.1"];
+    const args = ["--drain-delay", drainDelay, "--proxy-from", "127.0.0.1"];
     await using one = await Restartable.start(args);
     await using two = await Restartable.start(args);
     const config = await runningFile("haproxy.cfg");
@@ -75,9 +79,9 @@ programTestIn(
       config({
         "0.0.0.0:8000": `127.0.0.1:${claim("front")}`,
         "127.0.0.1:8009": `127.0.0.1:${one.port}`,
-        "port 18009": `port ${one.health}`,
+        "port 18009": `port ${one.opsPort}`,
         "127.0.0.1:8019": `127.0.0.1:${two.port}`,
-        "port 18019": `port ${two.health}`,
+        "port 18019": `port ${two.opsPort}`,
       }));
     const load = new Load(haproxy.port("front"), { brief: 30, lasting: 10, exchanges: 3 });
     for (let round = 1; round <= ROUNDS; round++) {

@@ -5,7 +5,7 @@
  * @module
  */
 
-import { Program } from "./programs.ts";
+import { Program } from "../programs.ts";
 
 /** Gives a port that is free, and the same one again for the same name. */
 export type ClaimPort = (name: string) => number;

@@ -3,15 +3,15 @@
  * paths. HAProxy's is used by rolling_restart_test.ts, too.
  */
 
-import { assert, assertEquals, assertMatch } from "../deps.ts";
+import { assert, assertEquals, assertMatch } from "../../deps.ts";
 import { startHaproxy } from "./balancers.ts";
-import { Load } from "./load.ts";
-import { freePort, type Outcome, Peer, portOf, Program, programTestIn, startScript, startServer } from "./programs.ts";
+import { Load } from "../load.ts";
+import { freePort, type Outcome, Peer, peerTest, Program, Service } from "../programs.ts";
 import { runningFile } from "./running_files.ts";
 
-const ROOT = new URL("..", import.meta.url).pathname;
+const ROOT = new URL("../..", import.meta.url).pathname;
 
-/** How long `shutdown()` of the library waits for handlers, which server.ts leaves as it is. */
+/** How long `shutdown()` of the library waits for handlers, which service.ts leaves as it is. */
 const GRACE_MS = 10_000;
 
 async function run(command: string, ...args: string[]): Promise<Outcome> {
@@ -39,38 +39,37 @@ async function askAndEnd(port: number, header = ""): Promise<string> {
 
 const isHello = /^\[.*\] hello\n$/;
 
-programTestIn("haproxy.cfg: HAProxy has nothing to say against it", async () => {
+peerTest(["haproxy"], "haproxy.cfg: HAProxy has nothing to say against it", async () => {
   const { code, stdout, stderr } = await run("haproxy", "-c", "-f", `${ROOT}docs/running/haproxy.cfg`);
   assertEquals({ code, stderr, stdout: stdout.trim() }, { code: 0, stderr: "", stdout: "Configuration file is valid" });
 });
 
-programTestIn("haproxy.cfg: an answer reaches a client that has half-closed", async (folder) => {
-  await using server = startServer(["--health", "0", "--proxy-from", "127.0.0.1"]);
-  const port = await portOf(server);
-  const [, health] = await server.printed(/health is told on 127\.0\.0\.1:(\d+)\n/);
+peerTest(["haproxy"], "haproxy.cfg: an answer reaches a client that has half-closed", async (folder) => {
+  await using service = await Service.start(["--proxy-from", "127.0.0.1"]);
   const config = await runningFile("haproxy.cfg");
   await using haproxy = await startHaproxy(folder, (claim) =>
     config({
       "0.0.0.0:8000": `127.0.0.1:${claim("front")}`,
-      "127.0.0.1:8009": `127.0.0.1:${port}`,
-      "port 18009": `port ${health}`,
-      "127.0.0.1:8019": `127.0.0.1:${port}`,
-      "port 18019": `port ${health}`,
+      "127.0.0.1:8009": `127.0.0.1:${service.port}`,
+      "port 18009": `port ${service.opsPort}`,
+      "127.0.0.1:8019": `127.0.0.1:${service.port}`,
+      "port 18019": `port ${service.opsPort}`,
     }));
   assertMatch(await askAndEnd(haproxy.port("front")), isHello);
 });
 
-programTestIn(
+peerTest(
+  ["nginx"],
   "nginx.conf: a server that is marked down first is restarted under load, and no exchange fails",
   async (folder) => {
-    const args = ["--lines", "--proxy-from", "127.0.0.1"];
-    await using one = startServer(args);
-    await using two = startServer(args);
-    const [portOfOne, front] = [await portOf(one), freePort()];
+    const args = ["--proxy-from", "127.0.0.1", "--drain-delay", "0"];
+    await using one = await Service.start(args);
+    await using two = await Service.start(args);
+    const front = freePort();
     const text = (await runningFile("nginx.conf"))({
       "0.0.0.0:8000": `127.0.0.1:${front}`,
-      "127.0.0.1:8009": `127.0.0.1:${portOfOne}`,
-      "127.0.0.1:8019": `127.0.0.1:${await portOf(two)}`,
+      "127.0.0.1:8009": `127.0.0.1:${one.port}`,
+      "127.0.0.1:8019": `127.0.0.1:${two.port}`,
       "/run/nginx.pid": `${folder}/nginx.pid`,
       "/var/log/nginx/error.log": "stderr",
     });
@@ -83,17 +82,15 @@ programTestIn(
     await nginx.started();
     assertMatch(await askAndEnd(front), isHello);
     const load = new Load(front, { brief: 10, lasting: 5, exchanges: 3 });
-    await nginx.reload(text.replace(`127.0.0.1:${portOfOne} `, "$&down "));
-    one.kill("SIGTERM");
-    const { code: ended, stdout } = await one.ended();
-    assertEquals(ended, 0);
-    await using again = startScript("server.ts", ["--port", `${portOfOne}`, ...args]);
-    await portOf(again);
+    await nginx.reload(text.replace(`127.0.0.1:${one.port} `, "$&down "));
+    one.program.kill("SIGTERM");
+    assertEquals((await one.program.ended()).code, 0);
+    await using again = await Service.start(args, { port: one.port });
     await nginx.reload(text);
-    await again.printed("connected from");
+    await again.program.printed('"opened"');
     const { failures, answered } = await load.end();
     assertEquals(failures, []);
-    assertMatch(stdout, /cut off: 0/);
+    assertEquals(one.events.at(-1)?.cut, []);
     assert(answered > 0);
   },
 );
@@ -130,7 +127,7 @@ class Nginx implements AsyncDisposable {
   }
 }
 
-programTestIn("socketserver@.service: systemd takes it, and finds little exposed", async (folder) => {
+peerTest(["systemd-analyze"], "socketserver@.service: systemd takes it, and finds little exposed", async (folder) => {
   const unit = (await runningFile("socketserver@.service"))({ "/usr/local/bin/deno": Deno.execPath() });
   const file = `${folder}/socketserver@.service`;
   await Deno.writeTextFile(file, unit);
@@ -143,7 +140,8 @@ programTestIn("socketserver@.service: systemd takes it, and finds little exposed
   assertEquals(code, 0, stdout);
 });
 
-programTestIn(
+peerTest(
+  ["curl"],
   "socketserver@.service: its command lines start the server, probe it, and end it in time",
   async (folder) => {
     const [port, health] = [freePort(), freePort()];
@@ -189,8 +187,11 @@ function instructions(dockerfile: string, instruction: string): string[] {
 /** Builds what the Dockerfile builds, in a folder, without an image; starts the server with `args` or its own. */
 async function startContainer(folder: string, places: Record<string, string>, args?: string[]): Promise<Program> {
   const dockerfile = (await runningFile("Dockerfile"))({ "0.0.0.0": "127.0.0.1", "/app": folder, ...places });
-  const [files = ""] = instructions(dockerfile, "COPY");
-  for (const file of files.split(" ").slice(0, -1)) await Deno.copyFile(ROOT + file, `${folder}/${file}`);
+  for (const line of instructions(dockerfile, "COPY")) {
+    const [target = "", ...files] = line.split(" ").reverse();
+    await Deno.mkdir(`${folder}/${target}`, { recursive: true });
+    for (const file of files) await Deno.copyFile(ROOT + file, `${folder}/${file}`);
+  }
   const [variables = ""] = instructions(dockerfile, "ENV");
   const env = Object.fromEntries(variables.split(" ").map((pair) => pair.split("=")));
   const start = (line: string) => {
@@ -210,7 +211,8 @@ async function startContainer(folder: string, places: Record<string, string>, ar
 
 async function assertServesAndEnds(server: Program, port: number, health: number): Promise<void> {
   assertEquals(
-    (await run("curl", ..."--silent --fail --retry 10 --retry-connrefused".split(" "), `127.0.0.1:${health}`)).code,
+    (await run("curl", ..."--silent --fail --retry 10 --retry-connrefused".split(" "), `127.0.0.1:${health}/healthz`))
+      .code,
     0,
   );
   assertMatch(await askAndEnd(port), isHello);
@@ -218,7 +220,7 @@ async function assertServesAndEnds(server: Program, port: number, health: number
   assertEquals(await server.ended().then(({ code, stderr }) => ({ code, stderr })), { code: 0, stderr: "" });
 }
 
-programTestIn("Dockerfile: the files that it copies are enough, and its command serves", async (folder) => {
+peerTest(["curl"], "Dockerfile: the files that it copies are enough, and its command serves", async (folder) => {
   const [port, health] = [freePort(), freePort()];
   await using server = await startContainer(folder, {
     ":8009": `:${port}`,
@@ -228,24 +230,28 @@ programTestIn("Dockerfile: the files that it copies are enough, and its command 
   await assertServesAndEnds(server, port, health);
 });
 
-programTestIn("kubernetes.yaml: its arguments serve in the container, and its times fit together", async (folder) => {
-  const [port, health] = [freePort(), freePort()];
-  const yaml = (await runningFile("kubernetes.yaml"))({
-    "0.0.0.0": "127.0.0.1",
-    '"8009"': `"${port}"`,
-    ":8010": `:${health}`,
-  });
-  const [, list = ""] = /^ +args: (\[[^\]]*\])$/m.exec(yaml) ?? [];
-  const args: string[] = JSON.parse(list.replace(/,\s*\]/, "]")); // YAML's may end in a comma.
-  await using server = await startContainer(folder, { ":8009": `:${port}`, ":8010": `:${health}` }, args);
-  await assertServesAndEnds(server, port, health);
+peerTest(
+  ["curl"],
+  "kubernetes.yaml: its arguments serve in the container, and its times fit together",
+  async (folder) => {
+    const [port, health] = [freePort(), freePort()];
+    const yaml = (await runningFile("kubernetes.yaml"))({
+      "0.0.0.0": "127.0.0.1",
+      '"8009"': `"${port}"`,
+      ":8010": `:${health}`,
+    });
+    const [, list = ""] = /^ +args: (\[[^\]]*\])$/m.exec(yaml) ?? [];
+    const args: string[] = JSON.parse(list.replace(/,\s*\]/, "]")); // YAML's may end in a comma.
+    await using server = await startContainer(folder, { ":8009": `:${port}`, ":8010": `:${health}` }, args);
+    await assertServesAndEnds(server, port, health);
 
-  const number = (name: string) => Number(new RegExp(`\\b${name}: (\\d+)`).exec(yaml)?.[1]);
-  assert(number("seconds") + GRACE_MS / 1_000 < number("terminationGracePeriodSeconds"));
-  assert(!args.includes("--drain-delay"), "preStop waits already");
-  // preStop gives the readiness time to be seen elsewhere.
-  const [readiness = ""] = /readinessProbe:[^]*?livenessProbe:/.exec(yaml) ?? [];
-  assertEquals(/httpGet: \{ path: \/, port: (\w+) \}/.exec(readiness)?.[1], "health");
-  assertEquals([number("containerPort"), /name: health, containerPort: (\d+)/.exec(yaml)?.[1]], [8009, "8010"]);
-  assert(number("replicas") > 1 && number("maxUnavailable") === 0);
-});
+    const number = (name: string) => Number(new RegExp(`\\b${name}: (\\d+)`).exec(yaml)?.[1]);
+    assert(number("seconds") + GRACE_MS / 1_000 < number("terminationGracePeriodSeconds"));
+    assertEquals(numberAfter(args, "--drain-delay"), 0); // preStop waits already.
+    // preStop gives the readiness time to be seen elsewhere.
+    const [readiness = ""] = /readinessProbe:[^]*?livenessProbe:/.exec(yaml) ?? [];
+    assertEquals(/httpGet: \{ path: \/healthz, port: (\w+) \}/.exec(readiness)?.[1], "ops");
+    assertEquals([number("containerPort"), /name: ops, containerPort: (\d+)/.exec(yaml)?.[1]], [8009, "8010"]);
+    assert(number("replicas") > 1 && number("maxUnavailable") === 0);
+  },
+);

@@ -1,6 +1,6 @@
 /** server.ts --udp and client.ts --udp as a person runs them. */
 
-import { assertEquals, assertMatch } from "../deps.ts";
+import { assertEquals, assertMatch } from "../../deps.ts";
 import {
   assertFailed,
   type Outcome,
@@ -12,8 +12,8 @@ import {
   startScript,
   startServer,
   Terminal,
-} from "./programs.ts";
-import { programTest } from "./testing.ts";
+} from "../programs.ts";
+import { programTest } from "../testing.ts";
 
 const STAMP = String.raw`\[[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4}\] `;
 const STAMP_LENGTH = "[Thu Sep 15 22:29:12 2016] ".length;
@@ -172,7 +172,7 @@ for (const script of ["server.ts", "client.ts"] as const) {
 programTest("a port in use is one sentence and exit code 1", async () => {
   await using busy = new PlainServer(silence);
   const outcome = await runScript("server.ts", ["--udp", "--port", String(busy.port)]);
-  assertFailed(outcome, 1, new RegExp(`^server\\.ts: .*127\\.0\\.0\\.1:${busy.port}.* in use; .*\n$`));
+  assertFailed(outcome, 1, new RegExp(`^server\\.ts: .*127\\.0\\.0\\.1:${busy.port}.* in use.*\n$`));
 });
 
 programTest("the missing permission of server.ts --udp is named, and with exactly that flag it runs", async () => {
@@ -218,19 +218,17 @@ programTest("a server that does not answer is one sentence and exit code 1", asy
   await using server = new PlainServer(silence);
   for (const input of ["hello\nagain\n", "hello"]) {
     const outcome = await runClient(server.port, ["--timeout", "100"], input);
-    assertFailed(
-      outcome,
-      1,
-      new RegExp(
-        `^client\\.ts: no answer from 127\\.0\\.0\\.1:${server.port} within 100 ms; try a longer --timeout\n$`,
-      ),
-    );
+    assertFailed(outcome, 1, /^client\.ts: no answer came within --timeout\n$/);
   }
   assertEquals(server.received, ["hello", "hello"]);
 });
 
 programTest("a server that is not there is one sentence and exit code 1", async () => {
-  assertFailed(await runClient(freeUdpPort(), ["--timeout", "100", "hello"]), 1, /^client\.ts: .*127\.0\.0\.1:\d+/);
+  assertFailed(
+    await runClient(freeUdpPort(), ["--timeout", "100", "hello"]),
+    1,
+    /^client\.ts: no answer came within --timeout\n$/,
+  );
 });
 
 programTest("a line that is too long for a datagram is one sentence and exit code 1", async () => {
@@ -318,7 +316,7 @@ programTest("a person may think for longer than --timeout, but a server may not"
   const { how, screen } = await terminal.ended();
   assertEquals(how, "exit code 1, terminal as it was");
   assertEquals(screen.slice(-2), [
-    `client.ts: no answer from 127.0.0.1:${server.port} within 50 ms; try a longer --timeout`,
+    "client.ts: no answer came within --timeout",
     "",
   ]);
 });
@@ -370,13 +368,13 @@ programTestIn(
     const path = `${folder}/server.sock`;
     const permissions = folderPermissions(folder);
     const args = ["--udp", "--unix", path, "--timeout", "100", "hello"];
-    assertFailed(await runScript("client.ts", args, { permissions }), 1, /server\.sock: no such file; /);
+    assertFailed(await runScript("client.ts", args, { permissions }), 1, /server\.sock: no such file or directory; /);
     const silent = Deno.listenDatagram({ transport: "unixpacket", path });
     try {
       assertFailed(
         await runScript("client.ts", args, { permissions }),
         1,
-        /: no answer from [^\n]*server\.sock within 100 ms; try a longer --timeout\n$/,
+        /^client\.ts: no answer came within --timeout\n$/,
       );
     } finally {
       silent.close();

@@ -10,7 +10,7 @@
  * Nothing else of the file is changed.
  */
 export async function runningFile(name: string): Promise<(places: Record<string, string>) => string> {
-  const text = await Deno.readTextFile(new URL(`../docs/running/${name}`, import.meta.url));
+  const text = await Deno.readTextFile(new URL(`../../docs/running/${name}`, import.meta.url));
   return (places) => {
     let changed = text;
     for (const [place, other] of Object.entries(places)) {
