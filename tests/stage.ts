@@ -4,18 +4,21 @@
  * @module
  */
 
-import type { ConnectionReport, Outcome, ServerOptions, StreamRequestHandlerClass } from "../mod.ts";
+import type { ConnectionReport, ErrorOutcome, Outcome, ServerOptions, StreamRequestHandlerClass } from "../mod.ts";
 import { FakeTcpConn, turnEnd } from "./fake_conn.ts";
 import { type FakeTime, withFakeTime } from "./fake_time.ts";
 import { FakeListener, FakeServer } from "./testing.ts";
 
-/** Keeps how its connections ended. */
+/** Keeps how its connections ended, and the outcomes that handleError() got. */
 export class Witness extends FakeServer {
   readonly outcomes: Outcome[] = [];
+  readonly errors: ErrorOutcome[] = [];
   override handleClose({ outcome }: ConnectionReport) {
     this.outcomes.push(outcome);
   }
-  override handleError() {}
+  override handleError(_error: unknown, _clientAddress: Deno.Addr, outcome: ErrorOutcome) {
+    this.errors.push(outcome);
+  }
 }
 
 export interface Stage {
