@@ -279,15 +279,42 @@ Deno.test("close() aborts the filters of a connection, and reports nothing", asy
   });
 });
 
-Deno.test("a filter's connection that comes after close() is closed, and not served", async () => {
+/** Ways in which a connection ends while a filter that minds no signal works on it. */
+const EARLY_ENDS: [string, (served: Served) => unknown][] = [
+  ["the server is closed", ({ server }) => server.close()],
+  ["the handshakeTimeout is over", ({ time }) => time.advance(5_000)],
+];
+
+for (const [what, end] of EARLY_ENDS) {
+  Deno.test(`a filter's connection that comes after ${what} is closed, and meets no other filter`, async () => {
+    const gate = Promise.withResolvers<void>();
+    const made = clientOf("192.0.2.1");
+    let others = 0;
+    const filters: ConnectionFilter[] = [() => gate.promise.then(() => made), (conn) => (others++, conn)];
+    await withFilters(filters, async (served) => {
+      await served.give(new FakeTcpConn());
+      await end(served);
+      await turnEnd();
+      gate.resolve();
+      await turnEnd();
+      assertEquals([made.isClosed, others, served.server.others], [true, 0, []]);
+    });
+  });
+}
+
+Deno.test("a connection that ended in its filters does not count for its host", async () => {
   const gate = Promise.withResolvers<void>();
-  const made = new FakeTcpConn();
-  await withFilters([() => gate.promise.then(() => made)], async ({ server, give }) => {
-    await give(new FakeTcpConn());
-    server.close();
+  let asked = 0;
+  const slow: ConnectionFilter = (conn) => asked++ === 0 ? gate.promise.then(() => conn) : conn;
+  await withFilters([slow, perHost(1)], async ({ server, time, give }) => {
+    await give(clientOf("192.0.2.1"));
+    await time.advance(5_000);
+    assertEquals(server.stats.handshakeFailures, 1);
     gate.resolve();
     await turnEnd();
-    assertEquals([made.isClosed, server.others], [true, []]);
+    const later = clientOf("192.0.2.1");
+    await give(later);
+    assertEquals([later.isClosed, server.stats.refused], [false, 0]);
   });
 });
 
