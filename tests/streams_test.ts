@@ -188,85 +188,6 @@ Deno.test("after closeWrite(), reading goes on", async () => {
   stream.close();
 });
 
-Deno.test("close() rejects what waits and each later call with BadResource, and closes once", async () => {
-  const conn = new FakeConn().give("unread");
-  const stream = new SocketStream(conn);
-  await stream.recv(1);
-  stream.close();
-  stream.close();
-  stream[Symbol.dispose]();
-  await stream[Symbol.asyncDispose]();
-  assertEquals(conn.calls, ["close()"]);
-  const calls = [
-    ...Object.values(reads),
-    () => stream.write("a"),
-    () => stream.send("a"),
-    () => stream.flush(),
-    () => stream.writeFrame("a"),
-    () => stream.closeWrite(),
-  ];
-  for (const call of calls) await assertRejects(() => call(stream), Deno.errors.BadResource);
-});
-
-Deno.test("close() does not mind a connection that is closed already", () => {
-  const conn = new FakeConn();
-  const stream = new SocketStream(conn);
-  conn.close();
-  stream.close();
-});
-
-Deno.test("close() ends a read that waits at once, while what was buffered still leaves", async () => {
-  const conn = new FakeConn().holdWrites();
-  const stream = new SocketStream(conn);
-  const reading = stream.recv();
-  stream.write("abc");
-  stream.close();
-  await assertRejects(() => reading, Deno.errors.BadResource);
-  assert(!conn.isClosed);
-  conn.releaseWrites();
-  await conn.whenClosed;
-  assertEquals(textOf(conn.written), "abc");
-});
-
-Deno.test("a read(into) that close() ends rejects no earlier than nothing can be put into the array any more", async () => {
-  const conn = new FakeConn().holdWrites();
-  const stream = new SocketStream(conn);
-  const reading = stream.read(new Uint8Array(8));
-  stream.write("abc");
-  stream.close();
-  assert(await isPending(reading));
-  conn.releaseWrites();
-  await assertRejects(() => reading, Deno.errors.BadResource);
-  assert(conn.isClosed);
-});
-
-Deno.test('"using" closes the stream', () => {
-  const conn = new FakeConn();
-  {
-    using _ = new SocketStream(conn);
-  }
-  assert(conn.isClosed);
-});
-
-Deno.test('"using" after write() still delivers', async () => {
-  const conn = new FakeConn();
-  {
-    using stream = new SocketStream(conn);
-    stream.write("abc");
-  }
-  await conn.whenClosed;
-  assertEquals(conn.calls, ["write(3)", "close()"]);
-});
-
-Deno.test('"await using" does not throw when what is buffered cannot be sent', async () => {
-  const conn = new FakeConn().failWrites(connectionReset());
-  {
-    await using stream = new SocketStream(conn);
-    stream.write("abc");
-  }
-  assert(conn.isClosed);
-});
-
 Deno.test("readable gives all that comes, then its end", async () => {
   const stream = new SocketStream(new FakeConn().give("one", "two").end());
   assertEquals((await Array.fromAsync(stream.readable)).map(textOf).join(" "), "one two");
@@ -384,17 +305,6 @@ networkTest("over TCP, each side ends on its own, and reads on", async () => {
   assertEquals(await Array.fromAsync(client.lines()), ["answer"]);
   client.close();
   server.close();
-});
-
-networkTest("over TCP, what was buffered is delivered when the stream is closed", async () => {
-  for (const size of [10, 16_384, 60_000]) {
-    const [client, server] = (await tcpConns()).map((conn) => new SocketStream(conn));
-    assert(client !== undefined && server !== undefined);
-    client.write(pattern(size));
-    client.close();
-    assertSameBytes(concat(await Array.fromAsync(server)), pattern(size));
-    server.close();
-  }
 });
 
 networkTest("over TCP, a peer that resets makes writes reject, and not the process end", async () => {
