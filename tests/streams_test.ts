@@ -76,6 +76,7 @@ const reads: Record<string, (stream: SocketStream) => Promise<unknown>> = {
   "readLine()": (stream) => stream.readLine(),
   "lines()": (stream) => stream.lines().next(),
   "frames()": (stream) => stream.frames().next(),
+  "peek()": (stream) => stream.peek(8),
   "for await": (stream) => stream[Symbol.asyncIterator]().next(),
 };
 
