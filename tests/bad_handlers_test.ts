@@ -1,13 +1,13 @@
-/** Handlers that go wrong in each way that there is: only their own connection is hurt. */
+/** Handlers with every kind of fault: each hurts its own connection only. */
 
 import { assertEquals } from "../deps.ts";
 import { connect, type SocketStream, StreamRequestHandler, type StreamRequestHandlerClass, TcpServer } from "../mod.ts";
 import { textOf, turnEnd } from "./fake_conn.ts";
-import { networkTest, until } from "./testing.ts";
+import { networkTest, printedBy, until } from "./testing.ts";
 
 const boom = (where: string) => new TypeError(`boom in ${where}`);
 
-/** Serves a client that says "echo" as it should be; what it does with others goes wrong. */
+/** Serves a client that says "echo" as it should; goes wrong with others. */
 abstract class Sometimes extends StreamRequestHandler {
   protected abstract misbehave(): void | Promise<void>;
 
@@ -146,7 +146,7 @@ class AnswersAfterItsEnd extends Sometimes {
   }
 }
 
-/** What goes wrong, how many errors handleError() is told, and whether every client meets it. */
+/** What goes wrong, how many errors handleError() gets, and whether every client meets it. */
 const BAD: [StreamRequestHandlerClass & { readonly name: string }, number, "all" | "some"][] = [
   [Throws, 1, "all"],
   [Rejects, 1, "some"],
@@ -166,7 +166,7 @@ const BAD: [StreamRequestHandlerClass & { readonly name: string }, number, "all"
   [AnswersAfterItsEnd, 0, "some"],
 ];
 
-/** Keeps what it is told, and may go wrong itself. */
+/** Keeps its errors, and may go wrong itself. */
 class Telling extends TcpServer {
   readonly told: unknown[] = [];
   goesWrong: "not" | "throws" | "rejects" = "not";
@@ -203,34 +203,36 @@ for (const [Bad, errors, who] of BAD) {
   for (const goesWrong of errors === 0 ? ["not"] as const : ["not", "throws", "rejects"] as const) {
     const also = goesWrong === "not" ? "" : ` and handleError() ${goesWrong}`;
     networkTest(`a handler that ${wordsOf(Bad.name)}${also} hurts its own connection only`, async () => {
-      const print = console.error;
-      console.error = () => {};
       const server = new Telling({ port: 0 }, Bad);
       server.goesWrong = goesWrong;
-      const { port } = server.listen();
-      const serving = server.serveForever();
-      try {
-        const bystanders: SocketStream[] = [];
-        for (let count = 0; count < 3 && who === "some"; count++) {
-          const bystander = await connect({ port });
-          await bystander.send("echo\n");
-          await echoes(bystander, "before");
-          bystanders.push(bystander);
-        }
-        for (let count = 0; count < 3; count++) await misbehave(port);
-        await until(() => server.stats.active <= bystanders.length);
-        for (const bystander of bystanders) await echoes(bystander, "after");
-        const stats = server.stats;
-        assertEquals([server.told.length, stats.errors], [3 * errors, 3 * errors * (goesWrong === "not" ? 1 : 2)]);
-        for (const bystander of bystanders) bystander.close();
-      } finally {
-        const { cut } = await server.shutdown();
-        await serving;
-        console.error = print;
-        assertEquals(cut, []);
-      }
+      await printedBy(() => serveBad(server, errors, who));
       await turnEnd();
     });
+  }
+}
+
+/** Lets three clients meet the handler's fault beside three that do not. */
+async function serveBad(server: Telling, errors: number, who: "all" | "some"): Promise<void> {
+  const { port } = server.listen();
+  const serving = server.serveForever();
+  try {
+    const bystanders: SocketStream[] = [];
+    for (let count = 0; count < 3 && who === "some"; count++) {
+      const bystander = await connect({ port });
+      await bystander.send("echo\n");
+      await echoes(bystander, "before");
+      bystanders.push(bystander);
+    }
+    for (let count = 0; count < 3; count++) await misbehave(port);
+    await until(() => server.stats.active <= bystanders.length);
+    for (const bystander of bystanders) await echoes(bystander, "after");
+    const stats = server.stats;
+    assertEquals([server.told.length, stats.errors], [3 * errors, 3 * errors * (server.goesWrong === "not" ? 1 : 2)]);
+    for (const bystander of bystanders) bystander.close();
+  } finally {
+    const { cut } = await server.shutdown();
+    await serving;
+    assertEquals(cut, []);
   }
 }
 
@@ -246,7 +248,7 @@ class NeverEnds extends Sometimes {
 }
 
 networkTest(
-  "a handler that never ends keeps nobody from being served, and the shutdown cuts only its client",
+  "a handler that never ends keeps no other client from being served, and the shutdown cuts only its own",
   async () => {
     const server = new TcpServer({ port: 0 }, NeverEnds, { grace: 100 });
     const { port } = server.listen();

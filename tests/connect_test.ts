@@ -1,7 +1,8 @@
 import { assert, assertEquals, assertMatch, assertRejects } from "../deps.ts";
 import { connect, TcpServer, UnixServer } from "../mod.ts";
+import { FakeTcpConn, turnEnd } from "./fake_conn.ts";
 import { freePort } from "./programs.ts";
-import { countListeners, Echo, networkTest, rejectionOf, unixTest } from "./testing.ts";
+import { countListeners, Echo, networkTest, programTest, rejectionOf, unixTest } from "./testing.ts";
 
 /** Runs `test` with the port of a listener that takes no more connections: dials wait. */
 async function withFullBacklog(test: (port: number) => Promise<void>): Promise<void> {
@@ -38,13 +39,13 @@ networkTest("connect() says what was dialled, why it failed and what to do", asy
   assert(error instanceof Deno.errors.ConnectionRefused);
   assertEquals(
     error.message,
-    `Cannot connect to 127.0.0.1:${port}: nobody listens there; start the server or check the address`,
+    `Cannot connect to 127.0.0.1:${port}: connection refused; start the server or check the address`,
   );
   assertEquals("code" in error && error.code, "ECONNREFUSED");
   assert(error.cause instanceof Deno.errors.ConnectionRefused);
 });
 
-Deno.test("connect() calls a connection that was reset before the runtime could look at it reset", async () => {
+Deno.test("connect() reports a connection that was reset before the runtime could look at it as reset", async () => {
   const dial = Deno.connect;
   // What Deno 2.9.6 says then, which is a race.
   const rejected = () => Promise.reject(new Error("Transport endpoint is not connected (os error 107)"));
@@ -52,15 +53,72 @@ Deno.test("connect() calls a connection that was reset before the runtime could 
     Object.assign(Deno, { connect: rejected });
     const error = await rejectionOf(connect({ port: 8009 }));
     assert(error instanceof Deno.errors.ConnectionReset);
-    assertMatch(error.message, /^Cannot connect to 127\.0\.0\.1:8009: the server reset the connection; /);
+    assertMatch(error.message, /^Cannot connect to 127\.0\.0\.1:8009: .*; the server may be about to end, try again$/);
   } finally {
     Object.assign(Deno, { connect: dial });
   }
 });
 
+Deno.test("connect() takes a connection to itself for a refused one, closes it, and tries again", async () => {
+  const dial = Deno.connect;
+  const itself = { transport: "tcp", hostname: "127.0.0.1", port: 8009 } as const;
+  const made: FakeTcpConn[] = [];
+  class Meeting extends FakeTcpConn {
+    constructor(override readonly localAddr: Deno.NetAddr, override readonly remoteAddr: Deno.NetAddr) {
+      super();
+      made.push(this);
+    }
+  }
+  try {
+    Object.assign(Deno, { connect: () => Promise.resolve(new Meeting(itself, itself)) });
+    const error = await rejectionOf(connect({ port: 8009, retries: 1 }));
+    assert(error instanceof Deno.errors.ConnectionRefused);
+    assertEquals("code" in error && error.code, "ECONNREFUSED");
+    assertMatch(error.message, /^Cannot connect to 127\.0\.0\.1:8009 after 2 tries: connection refused; start /);
+    assertEquals(made.map(({ isClosed }) => isClosed), [true, true]);
+    for (const other of [{ ...itself, port: 8010 }, { ...itself, hostname: "127.0.0.2" }]) {
+      Object.assign(Deno, { connect: () => Promise.resolve(new Meeting(other, itself)) });
+      (await connect({ port: 8009 })).close();
+    }
+  } finally {
+    Object.assign(Deno, { connect: dial });
+  }
+  await turnEnd();
+});
+
+/** Dials a dead port, which one dial of four has for its own; prints the names of the errors. */
+const DIALS = `
+import { connect } from ${JSON.stringify(import.meta.resolve("../mod.ts"))};
+const outcomes = new Set();
+for (let count = 0; count < 200; count++) {
+  outcomes.add(await connect({ port: 40_000 }).then(() => "connected", ({ name }) => name));
+}
+console.log([...outcomes].join());
+Deno.exit();
+`;
+
+const FOUR_PORTS = 'ip link set lo up && echo 40000 40003 > /proc/sys/net/ipv4/ip_local_port_range && exec "$@"';
+
+programTest(
+  "connect() never meets itself in a namespace of four ports, where one may be made (iproute2, util-linux)",
+  async () => {
+    const enter = (...args: string[]) =>
+      new Deno.Command("unshare", {
+        args: ["--map-root-user", "--net", "sh", "-c", FOUR_PORTS, "sh", ...args],
+        env: { DENO_NO_UPDATE_CHECK: "1", NO_COLOR: "1" },
+      }).output().catch(() => undefined);
+    if (!(await enter("true"))?.success) return; // The unit test above has to do.
+    const file = await Deno.makeTempFile({ suffix: ".ts" });
+    await Deno.writeTextFile(file, DIALS);
+    const dialled = await enter(Deno.execPath(), "run", "--no-config", "--allow-net", file);
+    await Deno.remove(file);
+    assertEquals(new TextDecoder().decode(dialled?.stdout), "ConnectionRefused\n");
+  },
+);
+
 networkTest("connect() says after how many tries it gave up", async () => {
   const error = await rejectionOf(connect({ port: freePort(), retries: 2 }));
-  assertMatch(error.message, /^Cannot connect to 127\.0\.0\.1:\d+ after 3 tries: nobody listens there/);
+  assertMatch(error.message, /^Cannot connect to 127\.0\.0\.1:\d+ after 3 tries: connection refused; /);
 });
 
 networkTest(
@@ -86,11 +144,41 @@ networkTest("connect() tries again until the server is there", async () => {
 
 networkTest("connect() gives a name that cannot be resolved a sentence of its own", async () => {
   const error = await rejectionOf(connect({ hostname: "no-such-host.invalid", port: 1 }));
-  assertEquals(
+  assertMatch(
     error.message,
-    "Cannot connect to no-such-host.invalid:1: the name cannot be resolved; check its spelling",
+    /^Cannot connect to no-such-host\.invalid:1: the name cannot be resolved \(failed to lookup .*\); check its spelling$/,
   );
 });
+
+/** Names, and what the runtime is asked for. */
+const HOSTNAMES: [string, string][] = [
+  ["[::1]", "::1"],
+  ["::1", "::1"],
+  ["localhost", "localhost"],
+  ["my_host", "my_host"],
+  ["bücher.example", "xn--bcher-kva.example"],
+  ["BÜCHER.example", "xn--bcher-kva.example"],
+  ["例え.jp", "xn--r8jz45g.jp"],
+];
+
+for (const [hostname, asked] of HOSTNAMES) {
+  Deno.test(`connect() dials ${hostname} as ${asked}`, async () => {
+    const dial = Deno.connect;
+    const dialled: unknown[] = [];
+    try {
+      Object.assign(Deno, {
+        connect: (options: Deno.ConnectOptions) => {
+          dialled.push(options.hostname);
+          return Promise.reject(new Deno.errors.ConnectionRefused("Connection refused (os error 111)"));
+        },
+      });
+      await rejectionOf(connect({ hostname, port: 1 }));
+    } finally {
+      Object.assign(Deno, { connect: dial });
+    }
+    assertEquals(dialled, [asked]);
+  });
+}
 
 networkTest("connect() gives up after its timeout", async () => {
   await withFullBacklog(async (port) => {
@@ -160,5 +248,5 @@ unixTest("connect() dials Unix sockets", async (folder) => {
 unixTest("connect() to a path that is not there says so", async (folder) => {
   const error = await rejectionOf(connect({ path: `${folder}/none.sock` }));
   assert(error instanceof Deno.errors.NotFound);
-  assertMatch(error.message, /none\.sock: no such file; start the server or check the path$/);
+  assertMatch(error.message, /none\.sock: no such file or directory; start the server or check the path$/);
 });

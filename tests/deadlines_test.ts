@@ -1,6 +1,7 @@
-import { IncompleteReadError, SocketStream, type StreamOptions } from "../mod.ts";
+import { IncompleteReadError, SocketStream, type StreamConn, type StreamOptions } from "../mod.ts";
 import { assert, assertEquals, assertMatch, assertRejects, assertStrictEquals, assertThrows } from "../deps.ts";
 import { FakeConn, isPending, keptAlive, tcpConns, textOf, turnEnd, unixConns } from "./fake_conn.ts";
+import { withFakeTime } from "./fake_time.ts";
 import { networkTest, rejectionOf, unixTest } from "./testing.ts";
 
 /** Short enough not to be noticed; for tests in which a deadline passes. */
@@ -21,6 +22,14 @@ const reads: Record<string, { before: string; after: string; read: (stream: Sock
     before: "\x04in",
     after: " t",
     read: async (stream) => `\x04${textOf((await stream.frames({ lengthBytes: 1 }).next()).value ?? null)}`,
+  },
+  "peek()": {
+    before: "in ",
+    after: "time",
+    read: async (stream) => {
+      await stream.peek(7);
+      return textOf(await stream.recv());
+    },
   },
   "for await": {
     before: "",
@@ -47,7 +56,7 @@ for (const [call, { before, after, read }] of Object.entries(reads)) {
 }
 
 for (const [first, { read }] of Object.entries(reads)) {
-  Deno.test(`what came after ${first} had timed out answers each other way to read`, async () => {
+  Deno.test(`bytes that come after ${first} has timed out answer each other way to read`, async () => {
     for (const other of Object.values(reads)) {
       const conn = new FakeConn();
       const stream = new SocketStream(conn, { timeout: SHORT_MS });
@@ -63,7 +72,7 @@ for (const [first, { read }] of Object.entries(reads)) {
   });
 }
 
-Deno.test("a read that times out leaves the stream open: it writes, and reads what comes later", async () => {
+Deno.test("a read that times out leaves the stream open: it writes, and reads later bytes", async () => {
   const conn = new FakeConn();
   const stream = new SocketStream(conn, { timeout: SHORT_MS });
   await assertRejects(() => stream.readLine(), Deno.errors.TimedOut);
@@ -126,7 +135,7 @@ Deno.test("a timeout that is set while a read(into) waits counts from the next c
   stream.close();
 });
 
-Deno.test("two reads into the same array: the second one is told what came for the first", async () => {
+Deno.test("the second of two reads into the same array gets the bytes of the first, which timed out", async () => {
   const conn = new FakeConn();
   const stream = new SocketStream(conn, { timeout: SHORT_MS });
   const into = new Uint8Array(16);
@@ -174,6 +183,47 @@ Deno.test("a timeout that is made longer while a read waits counts from the next
   stream.close();
 });
 
+/** The least and the most milliseconds after which a deadline of `ms` fires. */
+function fires(ms: number): [from: number, to: number] {
+  return [ms, ms + Math.max(ms / 16, 10)];
+}
+
+/** Reads nothing and takes nothing, and sets no timer of its own. */
+class Silent implements StreamConn {
+  readonly localAddr: Deno.Addr = { transport: "unix", path: "" };
+  readonly remoteAddr: Deno.Addr = { transport: "unix", path: "" };
+  readonly #closed = Promise.withResolvers<never>();
+  read = () => this.#closed.promise;
+  write = () => this.#closed.promise;
+  closeWrite = () => this.#closed.promise;
+  close() {
+    this.#closed.promise.catch(() => {});
+    this.#closed.reject(new Deno.errors.Interrupted("operation canceled"));
+  }
+}
+
+/** Ways in which a deadline passes. */
+const PASSING: [string, (ms: number) => StreamOptions, (stream: SocketStream) => Promise<unknown>][] = [
+  ["the timeout of a read", (timeout) => ({ timeout }), (stream) => stream.recv()],
+  ["the timeout of a write", (timeout) => ({ timeout }), (stream) => stream.send("a")],
+  ["idleTimeout", (idleTimeout) => ({ idleTimeout }), (stream) => stream.recv()],
+  ["maxLifetime", (maxLifetime) => ({ maxLifetime }), (stream) => stream.recv()],
+];
+
+for (const [what, options, wait] of PASSING) {
+  Deno.test(`${what} fires no earlier than asked, and at most 1/16 or 10 ms late`, async () => {
+    for (const ms of [0.5, 1, 5, 20, 100, 333, 1_000, 30_000, 86_400_000, 2 ** 40]) {
+      await withFakeTime(async (time) => {
+        const [from, to] = fires(ms);
+        const stream = new SocketStream(new Silent(), options(ms));
+        const passed = await time.advanceUntil(rejectionOf(wait(stream)).then(() => time.passed), to + 1);
+        stream.close();
+        assert(passed >= from && passed <= to, `${ms} ms fired after ${passed} ms`);
+      });
+    }
+  });
+}
+
 for (const ms of [0, -1, NaN]) {
   Deno.test(`timeout cannot be set to ${ms}, and keeps its value`, () => {
     const stream = new SocketStream(new FakeConn(), { timeout: 50 });
@@ -186,12 +236,12 @@ for (const ms of [0, -1, NaN]) {
 }
 
 Deno.test("the stream with the earlier deadline times out first, although the other one waits longer", async () => {
-  await withClock(async (clock) => {
+  await withFakeTime(async (time) => {
     const patient = new SocketStream(new FakeConn(), { timeout: 1_000 });
     const hasty = new SocketStream(new FakeConn(), { timeout: 10 });
     const patientRead = patient.recv();
     const hastyRead = hasty.recv();
-    await clock.advance(11);
+    await time.advance(20);
     await assertRejects(() => hastyRead, Deno.errors.TimedOut);
     assert(await isPending(patientRead));
     patient.close();
@@ -237,7 +287,7 @@ Deno.test("a write that the peer does not take within the timeout rejects, and c
   stream.close();
 });
 
-Deno.test("a write that times out ends all that waits: other writes and the read", async () => {
+Deno.test("a write that times out ends all calls that wait: other writes and the read", async () => {
   const conn = new FakeConn().holdWrites();
   const stream = new SocketStream(conn, { timeout: SHORT_MS, highWaterMark: 2 });
   const sent = stream.send("abc");
@@ -248,7 +298,7 @@ Deno.test("a write that times out ends all that waits: other writes and the read
   stream.close();
 });
 
-Deno.test("what write() gathered and the peer does not take times out as well", async () => {
+Deno.test("bytes that write() gathered and the peer does not take time out as well", async () => {
   const conn = new FakeConn().holdWrites();
   const stream = new SocketStream(conn, { timeout: SHORT_MS });
   await stream.write("abc");
@@ -257,14 +307,13 @@ Deno.test("what write() gathered and the peer does not take times out as well", 
 });
 
 Deno.test("a write goes on as long as the peer takes something within the timeout", async () => {
-  await withClock(async (clock) => {
+  await withFakeTime(async (time) => {
     const conn = new FakeConn().holdWrites();
     conn.takes = () => 1;
     const stream = new SocketStream(conn, { timeout: 20 });
     const sent = stream.send("abcdefgh");
     for (let taken = 0; taken < 8; taken++) {
-      await clock.advance(15);
-      await deadlinesWereLookedAt(clock);
+      await time.advance(15);
       const wrote = conn.nextWrite();
       conn.releaseOneWrite();
       await wrote;
@@ -277,36 +326,34 @@ Deno.test("a write goes on as long as the peer takes something within the timeou
 });
 
 Deno.test("a write that begins after a rest has its whole timeout", async () => {
-  await withClock(async (clock) => {
+  await withFakeTime(async (time) => {
     const conn = new FakeConn();
     const stream = new SocketStream(conn, { timeout: 1_000, idleTimeout: 64_000 });
     await stream.send("abc");
-    await clock.advance(5_000);
-    await deadlinesWereLookedAt(clock);
+    await time.advance(5_000);
     conn.holdWrites();
     const sent = stream.send("def");
-    await clock.advance(900);
-    await deadlinesWereLookedAt(clock);
+    await time.advance(900);
     assert(!conn.isClosed);
-    await clock.advance(200);
+    await time.advance(200);
     await assertRejects(() => sent, Deno.errors.TimedOut);
   });
 });
 
 Deno.test("a timeout that is set while a write waits is counted from then on", async () => {
-  await withClock(async (clock) => {
-    await clock.advance(1_000_000);
+  await withFakeTime(async (time) => {
+    await time.advance(1_000_000);
     const conn = new FakeConn().holdWrites();
     const stream = new SocketStream(conn);
     const sent = stream.send("abc");
     await turnEnd();
-    await clock.advance(1_000_000);
+    await time.advance(1_000_000);
     stream.timeout = 1_000;
-    await deadlinesWereLookedAt(clock);
+    await time.advance(999);
     assert(!conn.isClosed);
-    conn.releaseWrites();
-    await sent;
-    stream.close();
+    await time.advance(100);
+    assert(conn.isClosed);
+    await assertRejects(() => sent, Deno.errors.TimedOut);
   });
 });
 
@@ -337,18 +384,17 @@ Deno.test("idleTimeout ends a write that waits", async () => {
 
 for (const way of ["in", "out"]) {
   Deno.test(`idleTimeout does not end a stream on which bytes go ${way}`, async () => {
-    await withClock(async (clock) => {
+    await withFakeTime(async (time) => {
       const conn = new FakeConn();
       const stream = new SocketStream(conn, { idleTimeout: 20 });
       for (let moved = 0; moved < 4; moved++) {
-        await clock.advance(15);
-        await deadlinesWereLookedAt(clock);
+        await time.advance(15);
         if (way === "out") await stream.send(".");
         else assertEquals(await stream.read(conn.give(".") && new Uint8Array(1)), 1);
       }
       assert(!conn.isClosed);
-      await clock.advance(21);
-      await keptAlive(conn.whenClosed);
+      await time.advance(30);
+      assert(conn.isClosed);
     });
   });
 }
@@ -389,19 +435,19 @@ for (const call of ["recv()", "send()"]) {
 }
 
 Deno.test("maxLifetime ends a stream on which bytes go in and out all the time, and not before", async () => {
-  await withClock(async (clock) => {
+  await withFakeTime(async (time) => {
     const conn = new FakeConn();
     const stream = new SocketStream(conn, { maxLifetime: 100, idleTimeout: 50, timeout: 50 });
     for (let passed = 0; passed < 80; passed += 20) {
-      await clock.advance(20);
+      await time.advance(20);
       conn.give(".");
       await stream.send(textOf(await stream.recv()));
-      await deadlinesWereLookedAt(clock);
       assert(!conn.isClosed);
     }
     const read = rejectionOf(stream.recv());
-    await clock.advance(21);
-    assertMatch((await keptAlive(read)).message, /maxLifetime/);
+    await time.advance(30);
+    assert(conn.isClosed);
+    assertMatch((await read).message, /maxLifetime/);
   });
 });
 
@@ -506,40 +552,8 @@ async function overTcp(use: (ours: SocketStream, theirs: SocketStream) => Promis
   }
 }
 
-interface Clock {
-  /** Lets `ms` pass, once all that waits was seen to wait. */
-  advance(ms: number): Promise<void>;
-}
-
-/** Runs `use` while the time that deadlines are measured with stands still, until it is advanced. */
-async function withClock(use: (clock: Clock) => Promise<void>): Promise<void> {
-  const { now } = performance;
-  let time = now.call(performance);
-  let looked = Promise.withResolvers<void>();
-  performance.now = () => {
-    looked.resolve();
-    return time;
-  };
-  try {
-    await use({
-      advance: async (ms) => {
-        const canary = new SocketStream(new FakeConn(), { timeout: SHORT_MS });
-        const read = canary.recv();
-        looked = Promise.withResolvers();
-        await looked.promise; // A look has begun, and it goes through all streams in one turn.
-        time += ms;
-        canary.close();
-        await assertRejects(() => read, Deno.errors.BadResource);
-      },
-    });
-  } finally {
-    performance.now = now;
-  }
-}
-
 /** Resolves when every deadline that has passed was acted upon. */
-async function deadlinesWereLookedAt(clock?: Clock): Promise<void> {
-  if (clock !== undefined) return await clock.advance(0);
+async function deadlinesWereLookedAt(): Promise<void> {
   const canary = new SocketStream(new FakeConn(), { timeout: 2 * SHORT_MS });
   await assertRejects(() => canary.recv(), Deno.errors.TimedOut);
   canary.close();

@@ -1,6 +1,6 @@
-import { IncompleteReadError, LimitOverrunError, printable, socketPair, SocketStream } from "../mod.ts";
+import { IncompleteReadError, LimitOverrunError, printable, socketPair } from "../mod.ts";
 import { assert, assertEquals, assertMatch, assertStrictEquals } from "../deps.ts";
-import { brokenPipe, bytesOf, connectionReset, FakeConn, turnEnd } from "./fake_conn.ts";
+import { bytesOf } from "./fake_conn.ts";
 import { rejectionOf } from "./testing.ts";
 
 Deno.test("IncompleteReadError has its name, the bytes that came and the count that was asked for", () => {
@@ -38,16 +38,17 @@ Deno.test("an error that names a limit says how large it is", async () => {
   theirs.close();
 });
 
+/** What a text holds, the text, and how it is printed. */
 const texts: [string, string, string][] = [
   ["plain text", "GET /index.html 200", "GET /index.html 200"],
-  ["letters of other scripts, and what stands above the BMP", "你好, żółw, שלום, 👍", "你好, żółw, שלום, 👍"],
+  ["letters of other scripts, and one above the BMP", "你好, żółw, שלום, 👍", "你好, żółw, שלום, 👍"],
   ["backslashes", "C:\\new\\x1b", "C:\\new\\x1b"],
   ["line ends and tabs", "a\r\nb\tc", "a\\r\\nb\\tc"],
   ["NUL and other controls", "\0\x07\x7f", "\\x00\\x07\\x7f"],
   ["sequences that a terminal obeys", "\x1b[2J\x1b]0;title\x07", "\\x1b[2J\\x1b]0;title\\x07"],
   ["C1 controls", "\x80\x85\x9b31m", "\\x80\\x85\\x9b31m"],
   ["marks of direction", "a\u202eb\u2066c\u200f\u061c", "a\\u202eb\\u2066c\\u200f\\u061c"],
-  ["what cannot be seen", "a\u200bb\ufeffc\u00ad\u{e0041}", "a\\u200bb\\ufeffc\\xad\\u{e0041}"],
+  ["invisible characters", "a\u200bb\ufeffc\u00ad\u{e0041}", "a\\u200bb\\ufeffc\\xad\\u{e0041}"],
   ["line separators of Unicode", "a\u2028b\u2029c", "a\\u2028b\\u2029c"],
   ["halves of characters", "\ud83d and \udc4d", "\\ud83d and \\udc4d"],
 ];
@@ -58,86 +59,3 @@ for (const [what, text, expected] of texts) {
     assertEquals(printable(expected), expected);
   });
 }
-
-const forgotten: Record<string, (stream: SocketStream) => void> = {
-  "recv() of a count that is out of range": (stream) => void stream.recv(0),
-  "read() into an empty array": (stream) => void stream.read(new Uint8Array(0)),
-  "readExactly() of a count that is out of range": (stream) => void stream.readExactly(-1),
-  "readUntil() an empty delimiter": (stream) => void stream.readUntil(""),
-  "a second read": (stream) => {
-    stream.recv();
-    stream.readLine();
-  },
-  "a read of a stream that is closed": (stream) => {
-    stream.close();
-    stream.recv();
-  },
-  "a read that waits when the stream is closed": (stream) => {
-    stream.recv();
-    stream.close();
-  },
-  "write(), send() and flush() of a stream that is closed": (stream) => {
-    stream.close();
-    stream.write("a");
-    stream.send("a");
-    stream.flush();
-    stream.closeWrite();
-    stream.writeFrame("a");
-  },
-  "write() and send() after closeWrite()": (stream) => {
-    stream.closeWrite();
-    stream.write("a");
-    stream.send("a");
-    stream.writeFrame("a");
-  },
-  "a frame that is too long for its prefix": (stream) =>
-    void stream.writeFrame(new Uint8Array(256), { lengthBytes: 1 }),
-  "an iterator's next()": (stream) => {
-    stream.lines().next();
-    stream.frames().next();
-    stream[Symbol.asyncIterator]().next();
-  },
-};
-
-for (const [what, forget] of Object.entries(forgotten)) {
-  Deno.test(`a rejection that nobody awaits ends nothing: ${what}`, async () => {
-    const stream = new SocketStream(new FakeConn());
-    forget(stream);
-    await turnEnd();
-    stream.close();
-    await turnEnd();
-  });
-}
-
-Deno.test("a rejection that nobody awaits ends nothing: writes that the connection fails", async () => {
-  const conn = new FakeConn().failWrites(brokenPipe());
-  const stream = new SocketStream(conn, { highWaterMark: 4 });
-  stream.write("abc");
-  stream.write("over the mark");
-  stream.send("def");
-  stream.writeFrame("ghi");
-  stream.flush();
-  stream.closeWrite();
-  await turnEnd();
-  stream.close();
-  await turnEnd();
-});
-
-Deno.test("a rejection that nobody awaits ends nothing: reads that the connection fails", async () => {
-  const conn = new FakeConn();
-  const stream = new SocketStream(conn);
-  stream.readExactly(10);
-  conn.give("abc").failReads(connectionReset());
-  await turnEnd();
-  stream.close();
-});
-
-Deno.test("a rejection that nobody awaits ends nothing: limits and early ends", async () => {
-  const conn = new FakeConn().give("abcdefgh").end();
-  const stream = new SocketStream(conn, { limit: 4 });
-  stream.readLine();
-  await turnEnd();
-  stream.readExactly(100);
-  await turnEnd();
-  stream.close();
-});

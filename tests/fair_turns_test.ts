@@ -1,4 +1,4 @@
-/** Fair turns: hundreds of busy streams queue for their reads, and nobody is forgotten in the queue. */
+/** Fair turns: hundreds of busy streams queue for their reads, and the queue forgets none. */
 
 import { assert, assertEquals, assertRejects } from "../deps.ts";
 import { connect, SocketStream, StreamRequestHandler, TcpServer } from "../mod.ts";
@@ -42,10 +42,10 @@ async function withCrowd(test: (crowd: Member[]) => Promise<void>, makeMember = 
   }
 }
 
-/** Resolves when nobody waits in the queue any more, and its timer has ended. */
+/** Resolves when the queue is empty, and its timer has ended. */
 async function queueRests(): Promise<void> {
   const probe = new Member();
-  await probe.hear("first"); // Who has just come does not queue.
+  await probe.hear("first"); // A first read does not queue.
   const chunk = rejectionOf(probe.stream.recv());
   await until(() => !probe.isQueued);
   probe.stream.close();
@@ -62,7 +62,7 @@ function queueUp(crowd: Member[]): Promise<Uint8Array | null>[] {
   return reads;
 }
 
-Deno.test("everybody in the queue is served, in any order of arrival", async () => {
+Deno.test("every stream in the queue is served, in any order of arrival", async () => {
   await withCrowd(async (crowd) => {
     const reads = queueUp(crowd);
     for (const [index, { conn }] of [...crowd.entries()].reverse()) conn.give(`answer ${index}`);
@@ -80,7 +80,7 @@ Deno.test("the last one in the queue is served although nobody before it has any
   });
 });
 
-Deno.test("who has just come reads at once, and does not queue", async () => {
+Deno.test("a new stream's first read does not queue", async () => {
   await withCrowd(async (crowd) => {
     queueUp(crowd);
     const newcomer = new Member();
@@ -92,7 +92,7 @@ Deno.test("who has just come reads at once, and does not queue", async () => {
   });
 });
 
-Deno.test("who always has something to read does not get ahead of the others", async () => {
+Deno.test("a stream that always has something to read does not get ahead of the others", async () => {
   await withCrowd(async (crowd) => {
     const rounds = 50;
     const counts = crowd.map(() => 0);
@@ -141,7 +141,7 @@ Deno.test("a stream whose peer ends while it queues reads the end", async () => 
   });
 });
 
-Deno.test("close() ends a read that queues at once, whatever was read before, while what was buffered still leaves", async () => {
+Deno.test("close() ends a read that queues at once, whatever was read before, while buffered bytes still leave", async () => {
   await withCrowd(async (crowd) => {
     for (let round = 0; round < 2; round++) {
       const counts = crowd.map(({ stream }) => stream.read(new Uint8Array(8)));
@@ -182,18 +182,16 @@ Deno.test("a second read is refused while the first one queues, and does not dis
   });
 });
 
-Deno.test("startTls() is refused while a read queues, and does not disturb it", async () => {
+Deno.test("upgrade() is refused while a read queues, and does not disturb it", async () => {
   await withCrowd(async (crowd) => {
     const reads = queueUp(crowd);
-    for (const { stream } of crowd) {
-      await assertRejects(() => stream.startTls({ role: "client", serverName: "localhost" }), Deno.errors.Busy);
-    }
+    for (const { stream } of crowd) await assertRejects(() => stream.upgrade((conn) => conn), Deno.errors.Busy);
     for (const { conn } of crowd) conn.give("x");
     for (const read of reads) assertEquals(textOf(await read), "x");
   });
 });
 
-Deno.test("what is written while a read queues leaves at once", async () => {
+Deno.test("bytes that are written while a read queues leave at once", async () => {
   await withCrowd(async (crowd) => {
     queueUp(crowd);
     for (const { stream } of crowd) stream.write("unasked");
@@ -214,7 +212,7 @@ Deno.test("a read(into) that queues fills the array that it was given, and no ot
   });
 });
 
-Deno.test("when a crowd has left, those who stay do not queue any more", async () => {
+Deno.test("when a crowd has left, the streams that stay do not queue any more", async () => {
   const messages = 400;
   const few = Array.from({ length: 100 }, () => new Member());
   const readers = few.map(({ stream }) => Array.fromAsync(stream));
@@ -292,7 +290,7 @@ networkTest("over TCP, 250 clients that never pause are all served, and none is 
   });
 });
 
-networkTest("over TCP, shutdown() while hundreds queue answers what was asked", async () => {
+networkTest("over TCP, shutdown() while hundreds queue answers all that they asked", async () => {
   await withClients(250, async (server, clients, serving) => {
     for (let round = 0; round < 3; round++) {
       await Promise.all(clients.map((client) => client.send(`${round}\n`)));

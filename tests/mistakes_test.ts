@@ -1,24 +1,22 @@
 /**
- * The mistakes that whoever writes a program with mod.ts can make, and the
- * sentence that each is answered with: what was wrong, and what to do. Those of
- * whoever runs the two scripts are in script_errors_test.ts; what a peer or the
- * system does wrong is told in the tests of each section.
+ * The mistakes of a program that uses mod.ts, and the sentence that answers each:
+ * what was wrong, and what to do. Those of the two scripts' users are in
+ * script_errors_test.ts; the faults of peers and of the system are in the tests of
+ * each section.
  */
 
 import { assertEquals } from "../deps.ts";
 import {
   connect,
   DatagramRequestHandler,
-  encodeProxyHeader,
+  perHost,
   type ServerOptions,
   socketPair,
   type SocketStream,
   TcpServer,
   type TcpServerAddress,
-  TlsServer,
   UdpServer,
   UnixServer,
-  WorkerPool,
 } from "../mod.ts";
 import { Echo, rejectionOf } from "./testing.ts";
 
@@ -55,7 +53,7 @@ const MISTAKES: [string, () => unknown, Kind, string][] = [
     withOptions(untyped('{ "timout": 5 }')),
     TypeError,
     'Unknown option "timout": the options are timeout, idleTimeout, maxLifetime, limit, highWaterMark, maxConnections, ' +
-    "maxConnectionsPerHost, proxyProtocol, handshakeTimeout, grace, noDelay",
+    "filters, handshakeTimeout, grace, noDelay",
   ],
   [
     "no object of options",
@@ -128,7 +126,7 @@ const MISTAKES: [string, () => unknown, Kind, string][] = [
     "no path",
     () => new UnixServer({ path: "" }, Echo),
     TypeError,
-    "Path must not be empty: name the socket file",
+    'Path must be the name of the socket file: it is ""',
   ],
   [
     "a decimal mode",
@@ -137,47 +135,16 @@ const MISTAKES: [string, () => unknown, Kind, string][] = [
     'Option "mode" must be from 0 to 0o777, such as 0o660: it is 0o1224',
   ],
   [
-    "a pool of no module",
-    () => Reflect.construct(WorkerPool, [5, () => new TcpServer({ port: 0 }, Echo)]),
+    "a filter that is no list",
+    withOptions(untyped('{ "filters": 5 }')),
     TypeError,
-    "Module must be a URL such as import.meta.url: it is 5",
+    'Option "filters" must be an array of functions: it is 5',
   ],
   [
-    "a pool with a server in place of a function",
-    () => Reflect.construct(WorkerPool, [import.meta.url, null]),
-    TypeError,
-    "makeServer must be a function that makes a server: it is null",
-  ],
-  [
-    "endless workers",
-    () => new WorkerPool(import.meta.url, () => new TcpServer({ port: 0 }, Echo), { workers: Infinity }),
+    "no connections of a host",
+    () => perHost(0),
     RangeError,
-    'Option "workers" must be whole, 1 or more: it is Infinity',
-  ],
-  [
-    "a certificate that is none",
-    () => new TlsServer({ port: 0, cert: "cert.pem", key: "key.pem" }, Echo).listen(),
-    Deno.errors.InvalidData,
-    "cert holds no certificate in PEM form; give it the text of the certificate's file",
-  ],
-  // Proxies
-  [
-    "one proxy that is no list",
-    withOptions(untyped('{ "proxyProtocol": { "from": "10.0.0.1" } }')),
-    TypeError,
-    'Option "proxyProtocol.from" must list the proxies, such as ["10.0.0.0/8"]',
-  ],
-  [
-    "a range with an address in it",
-    withOptions({ proxyProtocol: { from: ["10.0.0.1/8"] } }),
-    TypeError,
-    'Option "proxyProtocol.from" has "10.0.0.1/8", which is an address inside of 10.0.0.0/8: name one of the two',
-  ],
-  [
-    "a PROXY header of version 3",
-    () => encodeProxyHeader(untyped('{ "version": 3 }')),
-    RangeError,
-    'Option "version" must be 1 or 2: it is 3',
+    "perHost() takes a whole number of 1 or more, or Infinity: it was given 0",
   ],
   // Order
   [
@@ -267,20 +234,47 @@ const MISTAKES: [string, () => unknown, Kind, string][] = [
     "The stream is closed",
   ],
   [
-    "TLS while something is unread",
+    "no bytes to look at",
+    onStream((stream) => stream.peek(-1)),
+    RangeError,
+    "Cannot peek(-1): ask for a whole number of 0 or more",
+  ],
+  [
+    "no delimiter",
+    onStream((stream) => stream.readUntil([])),
+    RangeError,
+    "Cannot readUntil() an empty delimiter",
+  ],
+  [
+    "an upgrade while bytes are unread",
     onStream(async (stream, peer) => {
       await peer.send("hello");
       await stream.recv(1);
-      await stream.startTls({ role: "client", serverName: "localhost" });
+      await stream.upgrade((conn) => conn);
     }),
     Deno.errors.Busy,
-    "Cannot startTls(): 4 bytes that came in plain text are unread; read them, or close",
+    "Cannot upgrade(): 4 received bytes are unread; read them, or close",
   ],
   [
-    "TLS with nobody",
-    onStream((stream) => stream.startTls({ role: "client", serverName: "" })),
+    "an upgrade while a read waits",
+    onStream((stream) => {
+      stream.readLine();
+      return stream.upgrade((conn) => conn);
+    }),
+    Deno.errors.Busy,
+    "Cannot upgrade(): readLine() waits on the same stream",
+  ],
+  [
+    "an upgrade with no time",
+    onStream((stream) => stream.upgrade((conn) => conn, { handshakeTimeout: 0 })),
+    RangeError,
+    'Option "handshakeTimeout" must be above 0, or Infinity for no limit: it is 0',
+  ],
+  [
+    "an upgrade with a misspelt option",
+    onStream((stream) => stream.upgrade((conn) => conn, untyped('{ "handshakeTimout": 5 }'))),
     TypeError,
-    "serverName must not be empty: name whom the certificate must be for",
+    'Unknown option "handshakeTimout": the options are handshakeTimeout',
   ],
   // Clients
   [

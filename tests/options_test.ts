@@ -1,5 +1,10 @@
 import {
   connect,
+  type ConnectTlsOptions,
+  DatagramClient,
+  DatagramRequestHandler,
+  type DatagramServerOptions,
+  type DialOptions,
   type FrameOptions,
   LimitOverrunError,
   type ServerOptions,
@@ -8,10 +13,12 @@ import {
   type StreamOptions,
   StreamRequestHandler,
   TcpServer,
+  type TcpServerAddress,
+  UdpServer,
 } from "../mod.ts";
-import { assert, assertEquals, assertMatch, assertRejects } from "../deps.ts";
+import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../deps.ts";
 import { bytesOf, concat, FakeConn, isPending } from "./fake_conn.ts";
-import { rejectionOf } from "./testing.ts";
+import { networkTest, rejectionOf } from "./testing.ts";
 
 class Idle extends StreamRequestHandler {
   override handle() {}
@@ -103,9 +110,8 @@ const serverOutOfRange: [ServerOptions, string][] = [
   [{ maxConnections: -1 }, "maxConnections"],
   [{ maxConnections: 1.5 }, "maxConnections"],
   [{ maxConnections: NaN }, "maxConnections"],
-  [{ maxConnectionsPerHost: 0 }, "maxConnectionsPerHost"],
-  [{ maxConnectionsPerHost: 1.5 }, "maxConnectionsPerHost"],
-  [{ maxConnectionsPerHost: NaN }, "maxConnectionsPerHost"],
+  [{ handshakeTimeout: 0 }, "handshakeTimeout"],
+  [{ handshakeTimeout: NaN }, "handshakeTimeout"],
   [{ grace: -1 }, "grace"],
   [{ grace: NaN }, "grace"],
 ];
@@ -119,10 +125,97 @@ for (const [options, name] of serverOutOfRange) {
 }
 
 Deno.test("new TcpServer() takes the bounds of its options", () => {
-  const bounds = [1, Infinity];
-  for (const maxConnections of bounds) assertEquals(makeServer({ maxConnections }).maxConnections, maxConnections);
-  for (const maxConnectionsPerHost of bounds) makeServer({ maxConnectionsPerHost });
+  for (const maxConnections of [1, Infinity]) makeServer({ maxConnections });
   for (const grace of [0, Infinity]) makeServer({ grace });
+  for (const handshakeTimeout of [Number.MIN_VALUE, Infinity]) makeServer({ handshakeTimeout });
+});
+
+for (const json of ["5", "null", "[5]", "{}", '["perHost"]', "[null]"]) {
+  Deno.test(`connect() and new TcpServer() refuse ${json} for their filters`, async () => {
+    for (const take of [makeServer, (options: ServerOptions) => connect({ port: 1, ...options })]) {
+      const error = await rejectionOf(attempt(() => take(fromJson(`{ "filters": ${json} }`))));
+      assert(error instanceof TypeError);
+      assertMatch(error.message, /^Option "filters" must be an array of functions: it is /);
+    }
+  });
+}
+
+Deno.test("an option of an earlier edition is refused by name", () => {
+  for (const option of ["maxConnectionsPerHost", "proxyProtocol"]) {
+    assertThrows(() => makeServer(fromJson(`{ "${option}": 1 }`)), new RegExp(`Unknown option "${option}"`));
+  }
+});
+
+/** Every option, undefined: this is checked by the compiler, as the project has exactOptionalPropertyTypes. */
+const UNDEFINED_STREAM = {
+  timeout: undefined,
+  idleTimeout: undefined,
+  maxLifetime: undefined,
+  limit: undefined,
+  highWaterMark: undefined,
+} satisfies Required<Undefined<StreamOptions>> & StreamOptions;
+
+const UNDEFINED_SERVER = {
+  ...UNDEFINED_STREAM,
+  maxConnections: undefined,
+  filters: undefined,
+  handshakeTimeout: undefined,
+  grace: undefined,
+  noDelay: undefined,
+} satisfies Required<Undefined<ServerOptions>> & ServerOptions;
+
+const UNDEFINED_DIAL = {
+  ...UNDEFINED_STREAM,
+  retries: undefined,
+  tls: undefined,
+  filters: undefined,
+  signal: undefined,
+  noDelay: undefined,
+} satisfies Required<Undefined<DialOptions>> & DialOptions;
+
+const UNDEFINED_ADDRESS = {
+  hostname: undefined,
+  tcpBacklog: undefined,
+  reusePort: undefined,
+  loadBalanced: undefined,
+} satisfies Required<Undefined<Omit<TcpServerAddress, "port">>> & Omit<TcpServerAddress, "port">;
+
+const UNDEFINED_TLS = { caCerts: undefined, serverName: undefined, alpnProtocols: undefined } satisfies
+  & Required<Undefined<ConnectTlsOptions>>
+  & ConnectTlsOptions;
+
+const UNDEFINED_DATAGRAM = { maxConcurrent: undefined, grace: undefined } satisfies
+  & Required<Undefined<DatagramServerOptions>>
+  & DatagramServerOptions;
+
+const UNDEFINED_FRAME = { lengthBytes: undefined, littleEndian: undefined } satisfies
+  & Required<Undefined<FrameOptions>>
+  & FrameOptions;
+
+type Undefined<T> = { [Key in keyof T]: undefined };
+
+networkTest("every option may be undefined, which is its default", async () => {
+  await using server = new TcpServer({ ...UNDEFINED_ADDRESS, port: 0 }, Idle, UNDEFINED_SERVER);
+  const { port } = server.listen();
+  server.serveForever({ signal: undefined });
+  await using stream = await connect({ ...UNDEFINED_DIAL, hostname: undefined, port });
+  assertEquals(stream.timeout, Infinity);
+  await stream.writeFrame("a", UNDEFINED_FRAME);
+  await assertRejects(() => connect({ port, tls: UNDEFINED_TLS }));
+  assertEquals(await Array.fromAsync(stream.frames(UNDEFINED_FRAME)), []);
+  await assertRejects(() => stream.upgrade(() => null, { handshakeTimeout: undefined }), Deno.errors.BrokenPipe);
+  await server.shutdown({ grace: undefined });
+});
+
+Deno.test("every option of datagrams and of handleRequest() may be undefined", async () => {
+  class Quiet extends DatagramRequestHandler {
+    override handle() {}
+  }
+  new UdpServer({ hostname: undefined, port: 0 }, Quiet, UNDEFINED_DATAGRAM).close();
+  using _client = new DatagramClient({ hostname: undefined, port: 1, timeout: undefined });
+  const server = makeServer({});
+  server.close();
+  await server.handleRequest({ timeout: undefined });
 });
 
 for (const retries of [-1, 1.5, NaN]) {

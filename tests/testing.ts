@@ -5,7 +5,14 @@
  * @module
  */
 
-import { StreamRequestHandler } from "../mod.ts";
+import {
+  connect,
+  type ServerOptions,
+  type SocketStream,
+  StreamRequestHandler,
+  type StreamRequestHandlerClass,
+  TcpServer,
+} from "../mod.ts";
 
 /** The permissions that a kind of test needs; it is left out where they are not granted. */
 type Needs = Partial<Record<"net" | "read" | "write" | "run", true>>;
@@ -106,6 +113,40 @@ export class Echo extends StreamRequestHandler {
   }
 }
 
+/** Runs `test` with a server that serves, and with clients of it; ends them all. */
+export async function withServer<Server extends TcpServer>(
+  server: Server,
+  test: (server: Server, dial: () => Promise<SocketStream>) => Promise<void>,
+): Promise<void> {
+  const { port } = server.listen();
+  const serving = server.serveForever();
+  const clients: SocketStream[] = [];
+  try {
+    await test(server, async () => {
+      const client = await connect({ port });
+      clients.push(client);
+      return client;
+    });
+  } finally {
+    for (const client of clients) client.close();
+    await server.shutdown();
+    await serving;
+  }
+}
+
+/** Runs `action`; resolves to the arguments of each `console.error()` meanwhile, which prints nothing. */
+export async function printedBy(action: () => Promise<unknown>): Promise<unknown[][]> {
+  const printed: unknown[][] = [];
+  const { error } = console;
+  console.error = (...args) => void printed.push(args);
+  try {
+    await action();
+  } finally {
+    console.error = error;
+  }
+  return printed;
+}
+
 /** A listener that answers `accept()` with what a script says, and then waits until it is closed. */
 export class FakeListener implements Deno.Listener {
   readonly addr: Deno.Addr = { transport: "tcp", hostname: "127.0.0.1", port: 1 };
@@ -160,5 +201,19 @@ export class FakeListener implements Deno.Listener {
 
   async *[Symbol.asyncIterator](): AsyncIterableIterator<Deno.Conn> {
     while (true) yield await this.accept();
+  }
+}
+
+/** Serves the connections that a listener of the test gives out. */
+export class FakeServer extends TcpServer {
+  readonly #listener: FakeListener;
+
+  constructor(listener: FakeListener, Handler: StreamRequestHandlerClass = Echo, options: ServerOptions = {}) {
+    super({ port: 0 }, Handler, options);
+    this.#listener = listener;
+  }
+
+  override listen(): Deno.NetAddr {
+    return this.adopt(this.#listener, { transport: "tcp", hostname: "127.0.0.1", port: 1 });
   }
 }

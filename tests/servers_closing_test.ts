@@ -1,0 +1,82 @@
+/** `close()`: the end of a server now. */
+
+import { assert, assertEquals } from "../deps.ts";
+import { type ConnectionReport, StreamRequestHandler, TcpServer } from "../mod.ts";
+import { FakeTcpConn } from "./fake_conn.ts";
+import { onStage } from "./stage.ts";
+import { Echo, FakeListener, FakeServer } from "./testing.ts";
+
+/** Never ends by itself, whatever happens to its stream. */
+class Endless extends StreamRequestHandler {
+  override async handle() {
+    await new Promise(() => {});
+  }
+}
+
+Deno.test("close() cuts everything off, and serveForever() resolves", async () => {
+  await onStage(Endless, {}, async ({ server, time, serving, accept }) => {
+    const conn = await accept();
+    server.close();
+    server.close();
+    assertEquals([conn.isClosed, server.signal.aborted, server.outcomes], [true, true, ["cut"]]);
+    await time.advanceUntil(serving, 300);
+  });
+});
+
+Deno.test("close() before anything else opens nothing", async () => {
+  const server = new TcpServer({ port: 0 }, Echo);
+  server.close();
+  await server.serveForever();
+});
+
+Deno.test("a server that was closed while it was about to listen closes the listener", async () => {
+  const fake = new FakeListener([]);
+  class Late extends FakeServer {
+    override listen(): Deno.NetAddr {
+      this.close();
+      return super.listen();
+    }
+  }
+  await new Late(fake).serveForever();
+  assert(fake.closed);
+});
+
+/** The hook in which the server closes itself, and what still runs after it. */
+const CLOSING: ["handleOpen" | "verifyRequest", isLater: boolean, calls: string[]][] = [
+  ["handleOpen", false, ["handleOpen", "cut"]],
+  ["verifyRequest", false, ["handleOpen", "verifyRequest", "cut"]],
+  ["verifyRequest", true, ["handleOpen", "verifyRequest", "cut"]],
+];
+
+for (const [hook, isLater, expected] of CLOSING) {
+  const when = isLater ? "while verifyRequest() waits" : `in ${hook}()`;
+  Deno.test(`a client that close() meets ${when} has no handler`, async () => {
+    const calls: string[] = [];
+    class Closing extends FakeServer {
+      override handleOpen() {
+        this.#note("handleOpen");
+      }
+      override verifyRequest() {
+        this.#note("verifyRequest");
+        return isLater ? Promise.resolve().then(() => this.#close()) : true;
+      }
+      override processRequest() {
+        calls.push("processRequest");
+      }
+      override handleClose({ outcome }: ConnectionReport) {
+        calls.push(outcome);
+      }
+      #note(name: string) {
+        calls.push(name);
+        if (name === hook && !isLater) this.close();
+      }
+      #close() {
+        this.close();
+        return true;
+      }
+    }
+    const conn = new FakeTcpConn();
+    await new Closing(new FakeListener([conn])).serveForever();
+    assertEquals([calls, conn.isClosed], [expected, true]);
+  });
+}
