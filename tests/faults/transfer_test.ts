@@ -1,7 +1,7 @@
-import { connect, socketPair, type SocketStream, TcpServer, UnixServer } from "../mod.ts";
-import { assert, assertEquals, createHash } from "../deps.ts";
-import { randomNumbers } from "./fake_conn.ts";
-import { Echo, networkTest, unixTest } from "./testing.ts";
+import { connect, socketPair, type SocketStream, TcpServer, UnixServer } from "../../mod.ts";
+import { assert, assertEquals, createHash } from "../../deps.ts";
+import { randomNumbers } from "../fake_conn.ts";
+import { Echo, networkTest, unixTest } from "../testing.ts";
 
 const TRANSFER_BYTES = 100_000_000;
 
@@ -36,9 +36,10 @@ Deno.test({
   fn: async () => {
     const [stream, request] = socketPair();
     const server = new TcpServer({ port: 0 }, Echo);
-    const served = server.finishRequest(request, request.remoteAddress).then(() => request.close());
+    const served = server.finishRequest(request, request.remoteAddress);
     await assertEchoes(stream);
     await served;
+    request.close();
     stream.close();
   },
 });
