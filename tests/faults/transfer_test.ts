@@ -36,10 +36,9 @@ Deno.test({
   fn: async () => {
     const [stream, request] = socketPair();
     const server = new TcpServer({ port: 0 }, Echo);
-    const served = server.finishRequest(request, request.remoteAddress);
+    const served = Promise.try(() => server.finishRequest(request, request.remoteAddress)).then(() => request.close());
     await assertEchoes(stream);
     await served;
-    request.close();
     stream.close();
   },
 });
