@@ -62,11 +62,7 @@
 
 // --- Errors -----------------------------------------------------------------
 
-/**
- * The stream ended inside of what was asked for; asyncio's `IncompleteReadError`.
- * {@linkcode SocketStream.readExactly}, {@linkcode SocketStream.readUntil} and
- * {@linkcode SocketStream.frames} reject with it.
- */
+/** The stream ended inside of what was asked for; asyncio's `IncompleteReadError`. */
 export class IncompleteReadError extends Error {
   /** The bytes that arrived before the end; they are the caller's. */
   readonly partial: Uint8Array<ArrayBuffer>;
@@ -92,19 +88,6 @@ export class IncompleteReadError extends Error {
  *
  * Nothing was consumed. The caller may answer and close, or skip `consumed` bytes
  * with {@linkcode SocketStream.readExactly}; the rest of the same line then follows.
- *
- * @example
- * ```ts
- * import { LimitOverrunError, socketPair } from "@socketserver/socketserver";
- * import { assertEquals } from "@std/assert";
- *
- * const [ours, theirs] = socketPair({ limit: 4 });
- * await theirs.send("far too long\n");
- * const error = await ours.readLine().catch((error) => error);
- * assertEquals(error instanceof LimitOverrunError && error.limit, 4);
- * ours.close();
- * theirs.close();
- * ```
  */
 export class LimitOverrunError extends Error {
   /** The limit, in bytes. */
@@ -138,14 +121,6 @@ const SHORT_ESCAPES = new Map([["\n", "\\n"], ["\r", "\\r"], ["\t", "\\t"]]);
  * Escapes `text` so that it is one line and safe to print. Clients can send line ends
  * that forge a log line and sequences that a terminal obeys. Control and invisible
  * characters become `\n`, `\x1b` or `\u202e`. All messages of this file use it.
- *
- * @example
- * ```ts
- * import { printable } from "@socketserver/socketserver";
- * import { assertEquals } from "@std/assert";
- *
- * assertEquals(printable("\x1b[2Jhello\n"), String.raw`\x1b[2Jhello\n`);
- * ```
  */
 export function printable(text: string): string {
   return text.replace(UNPRINTABLE, (character) => SHORT_ESCAPES.get(character) ?? escapeOf(character));
@@ -208,6 +183,8 @@ class Notices {
   }
 }
 
+const notices = new Notices();
+
 function ignore(): void {}
 
 /** Marks `promise` as handled, so that a caller may forget it: its error also meets the next call on the stream. */
@@ -236,47 +213,37 @@ function closeQuietly(closable: { close(): unknown }): void {
 
 // --- Options ----------------------------------------------------------------
 
-/** Deadlines and limits of a {@linkcode SocketStream}. */
+/** Deadlines and limits of a {@linkcode SocketStream}. Times are above 0; `Infinity` is for ever. */
 export interface StreamOptions {
   /**
-   * Milliseconds that one read or one write may wait; above 0, `Infinity` for ever.
-   * A read that waits longer rejects with `Deno.errors.TimedOut`; its bytes answer the
-   * next read. A write that waits longer rejects likewise and closes the stream.
-   *
-   * It fires no earlier than asked, and at most 1/16 or 10 ms late, whichever is
-   * larger. The kernel reports a slow reader's progress in steps of up to 1 MB, so a
-   * 30 s timeout also ends a steady 30 kB/s download.
-   *
+   * Milliseconds that one read or one write may wait. A read that waits longer rejects
+   * with `Deno.errors.TimedOut`; its bytes answer the next read. A write that waits
+   * longer rejects likewise and closes the stream. It fires no earlier than asked, and at
+   * most 1/16 or 10 ms late, whichever is larger. The kernel reports a slow reader's
+   * progress in steps of up to 1 MB, so a 30 s timeout also ends a steady 30 kB/s download.
    * @default {Infinity}
    */
   timeout?: number | undefined;
   /**
-   * Milliseconds without a byte in either direction after which the stream is closed;
-   * above 0, `Infinity` for never. Pending calls reject with `Deno.errors.TimedOut`.
-   *
+   * Milliseconds without a byte in either direction after which the stream is closed.
+   * Pending calls reject with `Deno.errors.TimedOut`.
    * @default {Infinity}
    */
   idleTimeout?: number | undefined;
   /**
-   * Milliseconds after which the stream is closed, however busy it is; above 0,
-   * `Infinity` for never. It counts from the end of the filters. Pending calls reject
-   * with `Deno.errors.TimedOut`.
-   *
+   * Milliseconds after which the stream is closed, however busy it is. Pending calls
+   * reject with `Deno.errors.TimedOut`.
    * @default {Infinity}
    */
   maxLifetime?: number | undefined;
   /**
    * Bytes that a line, a delimited record or a frame may have, without its delimiter or
-   * length prefix; `Infinity` for no limit. A longer one rejects with
-   * {@linkcode LimitOverrunError}.
-   *
+   * length prefix; whole, 1 or more. A longer one rejects with {@linkcode LimitOverrunError}.
    * @default {65_536}
    */
   limit?: number | undefined;
   /**
-   * Bytes that {@linkcode SocketStream.write} buffers before it waits for the peer;
-   * 0 for none, `Infinity` for no limit.
-   *
+   * Bytes that {@linkcode SocketStream.write} buffers before it waits for the peer; 0 for none.
    * @default {65_536}
    */
   highWaterMark?: number | undefined;
@@ -287,38 +254,32 @@ export interface ServerOptions extends StreamOptions {
   /**
    * Connections that are served at the same time, 1 or more; `Infinity` for no limit.
    * Further clients wait in the kernel's backlog. With 1 the server is Python's
-   * `TCPServer`. A connection takes one descriptor: set it below `ulimit -n`, and
-   * lower if handlers open files or connections of their own.
-   *
+   * `TCPServer`. A connection takes one descriptor: keep it below `ulimit -n`, and lower if
+   * handlers open files or connections of their own.
    * @default {10_000}
    */
   maxConnections?: number | undefined;
   /**
-   * Filters that each accepted connection passes, in order, before it becomes a
-   * stream: a TLS handshake, a PROXY header, {@linkcode perHost}.
-   *
+   * Filters that each accepted connection passes, in order, before it becomes a stream: a
+   * TLS handshake, a PROXY header, {@linkcode perHost}.
    * @default {[]}
    */
   filters?: readonly ConnectionFilter[] | undefined;
   /**
-   * Milliseconds that all filters of a connection may take together; above 0,
-   * `Infinity` for ever. Then the connection is closed and counted in
-   * {@linkcode ServerStats.handshakeFailures}, and `handleError()` runs.
-   *
+   * Milliseconds that all filters of a connection may take together; above 0, `Infinity`
+   * for ever. Then it is closed and counted in {@linkcode ServerStats.handshakeFailures}.
    * @default {5_000}
    */
   handshakeTimeout?: number | undefined;
   /**
-   * Milliseconds that {@linkcode BaseServer.shutdown} lets handlers finish before it
-   * cuts them off; 0 cuts at once, `Infinity` waits for ever.
-   *
+   * Milliseconds that {@linkcode BaseServer.shutdown} lets handlers finish before it cuts
+   * them off; 0 cuts at once, `Infinity` waits for ever.
    * @default {10_000}
    */
   grace?: number | undefined;
   /**
    * Whether small writes are sent at once (`TCP_NODELAY`). Without it an answer in two
    * parts waits some 40 ms for the peer's acknowledgement.
-   *
    * @default {true}
    */
   noDelay?: boolean | undefined;
@@ -329,31 +290,26 @@ export interface DatagramServerOptions {
   /**
    * Datagrams that are served at the same time, 1 or more; `Infinity` for no limit.
    * Further ones are dropped and counted in {@linkcode ServerStats.dropped}.
-   *
    * @default {1_000}
    */
   maxConcurrent?: number | undefined;
   /**
-   * Milliseconds that {@linkcode BaseServer.shutdown} lets handlers finish; 0 gives
-   * them up at once, `Infinity` waits for ever.
-   *
+   * Milliseconds that {@linkcode BaseServer.shutdown} lets handlers finish; 0 gives them up
+   * at once, `Infinity` waits for ever.
    * @default {10_000}
    */
   grace?: number | undefined;
 }
 
-/** How {@linkcode SocketStream.frames} and {@linkcode SocketStream.writeFrame} mark a record's length. */
+/** The length in front of a record; {@linkcode SocketStream.frames}, {@linkcode SocketStream.writeFrame}. */
 export interface FrameOptions {
   /**
-   * Bytes of the length prefix.
-   *
+   * Bytes of the length.
    * @default {4}
    */
   lengthBytes?: 1 | 2 | 4 | undefined;
   /**
-   * Whether the prefix's least significant byte comes first. Network protocols send the
-   * most significant one first.
-   *
+   * Whether the least significant byte comes first. Network protocols send it last.
    * @default {false}
    */
   littleEndian?: boolean | undefined;
@@ -363,77 +319,49 @@ export interface FrameOptions {
 export interface ConnectTlsOptions {
   /** Authorities to trust besides those of the runtime, in PEM form. */
   caCerts?: string[] | undefined;
-  /**
-   * The name or IP address that the server's certificate must have.
-   *
-   * @default The `hostname` of `connect()`.
-   */
+  /** The name or IP address that the server's certificate must have. Default: the `hostname` of `connect()`. */
   serverName?: string | undefined;
-  /**
-   * Protocols to ask for by ALPN, the best one first.
-   *
-   * @default {[]}
-   */
+  /** Protocols to ask for by ALPN, the best one first. Default: none. */
   alpnProtocols?: string[] | undefined;
 }
 
 /** Options of {@linkcode connect}, besides the address. */
 export interface DialOptions extends StreamOptions {
   /**
-   * Milliseconds that each try may take, and then that each read or write of the
-   * stream may wait, as in Python's `create_connection`; above 0, `Infinity` for ever.
-   *
+   * Milliseconds that each try may take, and then that each read or write of the stream
+   * may wait, as in Python's `create_connection`; above 0, `Infinity` for ever.
    * @default {Infinity}
    */
   timeout?: number | undefined;
   /**
-   * How often a failed try is repeated; `Infinity` for ever. The wait before the next
-   * try is 100 ms and doubles up to 5 s. A random part of up to half is taken off, so
-   * that many clients do not come back at the same moment.
-   *
+   * How often a failed try is repeated; `Infinity` for ever. The first wait is 100 ms; it
+   * doubles up to 5 s, less a random part of up to half, so that many clients do not come
+   * back at the same moment.
    * @default {0}
    */
   retries?: number | undefined;
   /**
-   * Whether the connection is encrypted, and how it is checked. The handshake is part
-   * of the try.
-   *
+   * Whether the connection is encrypted, and how it is checked. The handshake is part of
+   * the try.
    * @default {false}
    */
   tls?: boolean | ConnectTlsOptions | undefined;
   /**
-   * Filters that the connection passes, in order, before `tls` and before it becomes a
-   * stream. They are part of the try.
-   *
+   * Filters that the connection passes, in order, before `tls`. They are part of the try.
    * @default {[]}
    */
   filters?: readonly ConnectionFilter[] | undefined;
-  /** Ends the tries and the waits between them; the promise rejects with its reason. */
-  signal?: AbortSignal | undefined;
   /**
    * Whether small writes are sent at once (`TCP_NODELAY`).
-   *
    * @default {true}
    */
   noDelay?: boolean | undefined;
+  /** Ends the tries and the waits between them; the promise rejects with its reason. */
+  signal?: AbortSignal | undefined;
 }
 
-/** Where {@linkcode connect} goes, and how. */
-export type ConnectOptions =
-  & DialOptions
-  & ({
-    /**
-     * The host's name or address.
-     *
-     * @default {"127.0.0.1"}
-     */
-    hostname?: string | undefined;
-    /** The TCP port. */
-    port: number;
-  } | {
-    /** The path of the Unix socket. */
-    path: string;
-  });
+/** Where {@linkcode connect} goes, and how: to a host (default `"127.0.0.1"`) and TCP port, or to the path of a Unix socket. */
+export type ConnectOptions = DialOptions & ({ hostname?: string | undefined; port: number } | { path: string });
 
 /** All options of `T`, with their defaults filled in. */
 type Resolved<T> = { [K in keyof T]-?: Exclude<T[K], undefined> };
@@ -464,17 +392,16 @@ const DATAGRAM_SERVER_DEFAULTS: Resolved<DatagramServerOptions> = { maxConcurren
 
 const FRAME_DEFAULTS: FrameFormat = { lengthBytes: 4, littleEndian: false };
 
-/** The numbers that an option may have; all may be `Infinity`. */
+/** The smallest number that an option may have, and whether it must be whole; all may be `Infinity`. */
 interface NumberRule {
-  readonly text: string;
   readonly min: number;
   readonly isWhole: boolean;
 }
 
-const ABOVE_0: NumberRule = { text: "above 0", min: Number.MIN_VALUE, isWhole: false };
-const FROM_0: NumberRule = { text: "0 or more", min: 0, isWhole: false };
-const WHOLE_FROM_0: NumberRule = { text: "whole, 0 or more", min: 0, isWhole: true };
-const WHOLE_FROM_1: NumberRule = { text: "whole, 1 or more", min: 1, isWhole: true };
+const ABOVE_0: NumberRule = { min: Number.MIN_VALUE, isWhole: false };
+const FROM_0: NumberRule = { min: 0, isWhole: false };
+const WHOLE_FROM_0: NumberRule = { min: 0, isWhole: true };
+const WHOLE_FROM_1: NumberRule = { min: 1, isWhole: true };
 
 const NUMBER_RULES: Record<string, NumberRule> = {
   timeout: ABOVE_0,
@@ -528,10 +455,11 @@ function resolveFrameOptions(options: FrameOptions): FrameFormat {
 }
 
 function checkNumber(name: string, value: unknown): void {
-  const { text, min, isWhole } = NUMBER_RULES[name] ?? FROM_0;
+  const { min, isWhole } = NUMBER_RULES[name] ?? FROM_0;
   if (typeof value !== "number") throw new TypeError(`Option "${name}" must be a number: it is ${Deno.inspect(value)}`);
   if (value >= min && (!isWhole || Number.isInteger(value) || value === Infinity)) return;
-  throw new RangeError(`Option "${name}" must be ${text}, or Infinity for no limit: it is ${value}`);
+  const range = min === Number.MIN_VALUE ? "above 0" : `${isWhole ? "whole, " : ""}${min} or more`;
+  throw new RangeError(`Option "${name}" must be ${range}, or Infinity for no limit: it is ${value}`);
 }
 
 function checkFilters(filters: unknown): void {
@@ -574,14 +502,6 @@ function checkHostname(hostname: unknown): string {
  * Formats an address as people write it: `127.0.0.1:8009`, `[::1]:8009`,
  * `/run/app.sock`. An IPv4 client of an IPv6 socket (`::ffff:127.0.0.1`) is written as
  * IPv4. Control characters are escaped as in {@linkcode printable}.
- *
- * @example
- * ```ts
- * import { formatAddress } from "@socketserver/socketserver";
- * import { assertEquals } from "@std/assert";
- *
- * assertEquals(formatAddress({ transport: "tcp", hostname: "::1", port: 8009 }), "[::1]:8009");
- * ```
  */
 export function formatAddress(address: Deno.Addr): string {
   switch (address.transport) {
@@ -613,20 +533,10 @@ function hostBytes(hostname: string): Uint8Array | undefined {
 }
 
 /**
- * The host that {@linkcode perHost} counts: an IPv4 address, or the first 64 bits of
- * an IPv6 address, as one customer has all addresses behind them. Link-local and
- * unique local addresses (RFC 4291, 2.5.6; RFC 4193) count each by itself, as a whole
- * network shares their prefix.
- *
- * @returns `undefined` for a client without a host, such as that of a Unix socket.
- *
- * @example
- * ```ts
- * import { hostOf } from "@socketserver/socketserver";
- * import { assertEquals } from "@std/assert";
- *
- * assertEquals(hostOf({ transport: "tcp", hostname: "2001:db8::1:2:3:4", port: 50_000 }), "2001:db8::/64");
- * ```
+ * The host that {@linkcode perHost} counts: an IPv4 address, or the first 64 bits of an
+ * IPv6 address, as one customer has all addresses behind them. Link-local and unique local
+ * addresses (RFC 4291, 2.5.6; RFC 4193) count each by itself, as a whole network shares
+ * their prefix. `undefined` for a client of a Unix socket.
  */
 export function hostOf(address: Deno.Addr): string | undefined {
   if (!("hostname" in address)) return undefined;
@@ -638,12 +548,7 @@ export function hostOf(address: Deno.Addr): string | undefined {
   return `${inetNtop(Uint8Array.from(bytes, (byte, index) => index < 8 ? byte : 0))}/64`;
 }
 
-/**
- * Parses an IP address; `inet_pton(3)`. It is strict: no leading zeros, no zone, no
- * shortened IPv4.
- *
- * @returns Its 4 or 16 bytes; `undefined` if `text` is no IP address.
- */
+/** Parses an IP address strictly: no leading zeros, no zone, no short IPv4; `inet_pton(3)`. Gives 4 or 16 bytes, or `undefined`. */
 export function inetPton(text: string): Uint8Array<ArrayBuffer> | undefined {
   return text.includes(":") ? ipv6Bytes(text) : ipv4Bytes(text);
 }
@@ -654,36 +559,21 @@ function ipv4Bytes(text: string): Uint8Array<ArrayBuffer> | undefined {
   return parts.length === 4 && areBytes ? Uint8Array.from(parts, Number) : undefined;
 }
 
+/** The URL parser is as strict, and writes one canonical form. */
 function ipv6Bytes(text: string): Uint8Array<ArrayBuffer> | undefined {
-  const [left = [], right, ...more] = inGroups(text).split("::").map((half) => half === "" ? [] : half.split(":"));
-  const zeros = 8 - left.length - (right?.length ?? 0);
-  if (more.length > 0 || (right === undefined ? zeros !== 0 : zeros < 1)) return undefined;
-  const groups = [...left, ...Array<string>(zeros).fill("0"), ...right ?? []];
-  if (!groups.every((group) => /^[\da-f]{1,4}$/i.test(group))) return undefined;
+  const url = `http://[${text}]`;
+  if (!/^[\da-f:.]+$/i.test(text) || !URL.canParse(url)) return undefined;
+  const halves = new URL(url).hostname.slice(1, -1).split("::");
+  const [left = [], right = []] = halves.map((half) => half === "" ? [] : half.split(":"));
+  const groups = [...left, ...Array<string>(8 - left.length - right.length).fill("0"), ...right];
   return Uint8Array.from(groups.flatMap((group) => [parseInt(group, 16) >> 8, parseInt(group, 16) & 0xff]));
 }
 
-/** An IPv6 address whose last 32 bits may be written as IPv4, in groups only. */
-function inGroups(text: string): string {
-  const at = text.lastIndexOf(":") + 1;
-  const bytes = ipv4Bytes(text.slice(at));
-  if (bytes === undefined) return text;
-  const [a = 0, b = 0, c = 0, d = 0] = bytes;
-  return `${text.slice(0, at)}${hexadecimal(a << 8 | b)}:${hexadecimal(c << 8 | d)}`;
-}
-
-function hexadecimal(value: number): string {
-  return value.toString(16);
-}
-
-/**
- * Formats the 4 or 16 bytes of an IP address; `inet_ntop(3)`, in the canonical form of
- * RFC 5952, without dots in IPv6.
- */
+/** Formats the 4 or 16 bytes of an IP address as RFC 5952 does, without dots in IPv6; `inet_ntop(3)`. */
 export function inetNtop(bytes: Uint8Array): string {
   if (bytes.length === 4) return bytes.join(".");
   const groups = Array.from({ length: 8 }, (_, index) => (bytes[index * 2] ?? 0) << 8 | (bytes[index * 2 + 1] ?? 0));
-  return new URL(`http://[${groups.map(hexadecimal).join(":")}]`).hostname.slice(1, -1);
+  return new URL(`http://[${groups.map((group) => group.toString(16)).join(":")}]`).hostname.slice(1, -1);
 }
 
 /** The least permissions that opening `address` takes. */
@@ -1706,39 +1596,32 @@ interface PendingRead {
 
 /** A read that waits for more bytes. */
 class WaitingRead<T, Argument> implements PendingRead {
-  readonly promise: Promise<T>;
-  readonly #resolve: (answer: T) => void;
-  readonly #reject: (error: unknown) => void;
-  readonly #take: Take<T, Argument>;
-  readonly #argument: Argument;
+  readonly #answer = Promise.withResolvers<T>();
   seenAt = UNSEEN;
 
   constructor(
     readonly call: string,
-    take: Take<T, Argument>,
-    argument: Argument,
+    readonly take: Take<T, Argument>,
+    readonly argument: Argument,
     readonly timeout: number,
     readonly startsMessage: boolean,
     readonly into: Uint8Array | undefined,
-  ) {
-    const { promise, resolve, reject } = Promise.withResolvers<T>();
-    this.promise = promise;
-    this.#resolve = resolve;
-    this.#reject = reject;
-    this.#take = take;
-    this.#argument = argument;
+  ) {}
+
+  get promise(): Promise<T> {
+    return this.#answer.promise;
   }
 
   tryToAnswer(input: Input, limit: number): boolean {
-    const answer = this.#take(input, this.#argument, limit);
+    const answer = this.take(input, this.argument, limit);
     if (answer === MORE) return false;
-    this.#resolve(answer);
+    this.#answer.resolve(answer);
     return true;
   }
 
   reject(error: unknown): void {
     forgettable(this.promise);
-    this.#reject(error);
+    this.#answer.reject(error);
   }
 }
 
@@ -1763,10 +1646,16 @@ export type ErrorOutcome = "error" | "aborted" | "timedOut" | "handshakeFailed";
  * the end. The stream is its face to handlers; servers and timers use it directly.
  */
 class Transport implements Watched {
-  #conn: StreamConn;
+  /** Changed by `upgrade()` only. */
+  conn: StreamConn;
+  readonly output: Output;
+  bytesRead = 0;
+  /** Bytes were read since the last write, so the peer waits for an answer. */
+  owesAnswer = false;
+  /** The server's record of this request. */
+  session: { readonly signal: AbortSignal } | undefined;
   readonly #settings: StreamSettings;
   readonly #input = new Input();
-  readonly #output: Output;
   #timeout: number;
   /** The shortest time that the deadline timer keeps for us. */
   #watchedFor = Infinity;
@@ -1782,42 +1671,17 @@ class Transport implements Watched {
   /** Errors that reads have rejected with, to tell a vanished peer from a handler's own trouble. */
   #raised: WeakSet<object> | undefined;
   #lingering: Promise<void> | undefined;
-  /** Bytes were read since the last write, so the peer waits for an answer. */
-  #owesAnswer = false;
   /** The server drains: a wait for a new message reads the end; when it is late, also if an answer is owed. */
   #draining: "no" | "soon" | "late" = "no";
-  #bytesRead = 0;
   #releases: (() => void)[] | undefined;
-  /** The server's record of this request. */
-  session: { readonly signal: AbortSignal } | undefined;
 
   constructor(conn: StreamConn, settings: StreamSettings) {
-    this.#conn = conn;
+    this.conn = conn;
     this.#settings = settings;
-    this.#output = new Output(conn);
+    this.output = new Output(conn);
     this.#timeout = settings.timeout;
     turnstile.streams++;
     this.#watchFor(Math.min(settings.idleTimeout, settings.maxLifetime));
-  }
-
-  get conn(): StreamConn {
-    return this.#conn;
-  }
-
-  get bytesRead(): number {
-    return this.#bytesRead;
-  }
-
-  get bytesWritten(): number {
-    return this.#output.sent;
-  }
-
-  get bytesBuffered(): number {
-    return this.#output.buffered;
-  }
-
-  get owesAnswer(): boolean {
-    return this.#owesAnswer;
   }
 
   get timeout(): number {
@@ -1826,12 +1690,12 @@ class Transport implements Watched {
   set timeout(ms: number) {
     this.#timeout = ms;
     this.#watch?.output.forget();
-    if (!this.#output.isIdle) this.#watchFor(ms);
+    if (!this.output.isIdle) this.#watchFor(ms);
   }
 
   /** The call that it waits in; `"handler"` if it waits for nothing of the client's. */
   get waitsFor(): string {
-    return this.#pending?.call ?? (this.#output.isIdle ? "handler" : "send()");
+    return this.#pending?.call ?? (this.output.isIdle ? "handler" : "send()");
   }
 
   /** Whether a deadline has closed it. */
@@ -1841,7 +1705,7 @@ class Transport implements Watched {
 
   /** Whether a call of this very stream has rejected with `error`. */
   hasRaised(error: unknown): boolean {
-    return error instanceof Error && (error === this.#output.failure || this.#raised?.has(error) === true);
+    return error instanceof Error && (error === this.output.failure || this.#raised?.has(error) === true);
   }
 
   /** Calls `release` once it is closed. */
@@ -1866,7 +1730,7 @@ class Transport implements Watched {
     try {
       const answer = take(this.#input, argument, this.#settings.limit);
       if (answer !== MORE) {
-        if (this.#input.length < length) this.#owesAnswer = true;
+        if (this.#input.length < length) this.owesAnswer = true;
         return Promise.resolve(answer);
       }
     } catch (error) {
@@ -1880,7 +1744,7 @@ class Transport implements Watched {
 
   #wait(pending: PendingRead): void {
     this.#pending = pending;
-    this.#output.flushGathered(); // It must be out before the handler waits for the answer to it.
+    this.output.flushGathered(); // It must be out before the handler waits for the answer to it.
     this.#keepTimeout();
     if (this.#draining !== "no" && this.#endsHere(pending.startsMessage)) this.#end();
     else if (!this.#isFilling) this.#fill();
@@ -1889,7 +1753,7 @@ class Transport implements Watched {
   #fill(): void {
     this.#isFilling = true;
     // The first read has no rivals yet.
-    if (this.#bytesRead === 0 || turnstile.admits(this)) this.#readNow();
+    if (this.bytesRead === 0 || turnstile.admits(this)) this.#readNow();
   }
 
   takeTurn(): void {
@@ -1901,7 +1765,7 @@ class Transport implements Watched {
     // A read with a deadline may leave before its bytes come, which must not land in an array that is used otherwise.
     if (this.#pending?.timeout === Infinity) this.#direct = this.#pending.into;
     try {
-      this.#conn.read(this.#direct ?? this.#input.room()).then(this.#onRead, this.#onReadFailure);
+      this.conn.read(this.#direct ?? this.#input.room()).then(this.#onRead, this.#onReadFailure);
     } catch (error) {
       this.#onReadFailure(error); // A connection of the caller's own has thrown.
     }
@@ -1914,7 +1778,7 @@ class Transport implements Watched {
     if (this.#isClosed) return this.#rejectPending();
     if (count === null) return this.#end();
     turnstile.noteRead();
-    this.#bytesRead += count;
+    this.bytesRead += count;
     if (direct === undefined) this.#input.commit(count);
     else if (this.#pending?.into === direct) this.#input.countInto = count;
     else this.#input.append(direct.subarray(0, count)); // Its reader is gone.
@@ -1941,7 +1805,7 @@ class Transport implements Watched {
     try {
       const before = this.#input.length + this.#input.countInto;
       if (!pending.tryToAnswer(this.#input, this.#settings.limit)) return this.#fill();
-      if (this.#input.length < before) this.#owesAnswer = true;
+      if (this.#input.length < before) this.owesAnswer = true;
       this.#pending = undefined;
     } catch (error) {
       this.#rejectPending(error);
@@ -1962,20 +1826,20 @@ class Transport implements Watched {
   write(data: Uint8Array | string): Promise<void> {
     const refusal = this.#refusalOf("write()", data);
     if (refusal !== undefined) return refusal;
-    return this.#output.write(data, this.#settings.highWaterMark);
+    return this.output.write(data, this.#settings.highWaterMark);
   }
 
   send(data: Uint8Array | string): Promise<void> {
     const refusal = this.#refusalOf("send()", data);
     if (refusal !== undefined) return refusal;
-    return this.#output.send(data);
+    return this.output.send(data);
   }
 
   #refusalOf(call: string, data: unknown): Promise<never> | undefined {
     if (this.#isClosed) return rejection(this.#closedError());
     const mistake = checkData(call, data);
     if (mistake !== undefined) return rejection(mistake);
-    this.#owesAnswer = false;
+    this.owesAnswer = false;
     this.#keepTimeout();
     return undefined;
   }
@@ -1983,13 +1847,13 @@ class Transport implements Watched {
   flush(): Promise<void> {
     if (this.#isClosed) return rejection(this.#closedError());
     this.#keepTimeout();
-    return this.#output.flush();
+    return this.output.flush();
   }
 
   closeWrite(): Promise<void> {
     if (this.#isClosed) return rejection(this.#closedError());
     this.#keepTimeout();
-    return this.#output.closeWrite();
+    return this.output.closeWrite();
   }
 
   /** Goes on over the connection that `filter` makes of this one. */
@@ -2006,9 +1870,9 @@ class Transport implements Watched {
     };
     this.#watchFor(timeout);
     try {
-      await this.#output.hold();
+      await this.output.hold();
       const context = { signal: controller.signal, onEnd: (release: () => void) => this.onEnd(release) };
-      this.#goOn(await unlessAborted(Promise.try(() => filter(this.#conn, context)), controller.signal));
+      this.#goOn(await unlessAborted(Promise.try(() => filter(this.conn, context)), controller.signal));
     } catch (error) {
       this.#pending = undefined;
       this.cut(error instanceof Error ? error : undefined);
@@ -2037,43 +1901,43 @@ class Transport implements Watched {
     }
     if (this.#isClosed) closeQuietly(conn); // It was closed in the same moment.
     this.#pending = undefined;
-    this.#conn = conn;
-    this.#output.goOn(conn);
+    this.conn = conn;
+    this.output.goOn(conn);
   }
 
   /** Ends reads that wait for a new message; those of clients that have not spoken, or wait for an answer, if it `isLate`. */
   drain(isLate: boolean): void {
-    if (!isLate && this.#bytesRead === 0) return;
+    if (!isLate && this.bytesRead === 0) return;
     this.#draining = isLate ? "late" : "soon";
     if (this.#pending !== undefined && this.#endsHere(this.#pending.startsMessage)) this.#end();
   }
 
   /** Whether a read that has to wait ends here, as the server drains and no message has begun. */
   #endsHere(startsMessage: boolean): boolean {
-    return startsMessage && this.#input.length === 0 && (this.#draining === "late" || !this.#owesAnswer);
+    return startsMessage && this.#input.length === 0 && (this.#draining === "late" || !this.owesAnswer);
   }
 
   /** Closes both sides; buffered bytes still leave as long as the peer takes them. Returns a promise if it has to wait for that. */
   close(): Promise<void> | undefined {
     if (this.#isClosed) return this.#lingering;
-    if (this.#output.isIdle) return void this.cut();
+    if (this.output.isIdle) return void this.cut();
     this.#shut();
     this.timeout = Math.min(this.#timeout, CLOSE_STALL_MS);
-    return this.#lingering = this.#output.finish().catch(ignore).then(() => this.cut());
+    return this.#lingering = this.output.finish().catch(ignore).then(() => this.cut());
   }
 
   /** An error that kept buffered bytes from leaving after `close()`. */
   get unsent(): Error | undefined {
-    return this.#lingering && this.#output.failure;
+    return this.#lingering && this.output.failure;
   }
 
   /** Closes both sides now and drops buffered bytes; pending calls reject with `error`. */
   cut(error?: Error): void {
     this.#failure ??= error;
     this.#shut();
-    if (!this.#output.isIdle) this.#output.fail(error ?? this.#closedError());
+    if (!this.output.isIdle) this.output.fail(error ?? this.#closedError());
     deadlines.unwatch(this);
-    closeQuietly(this.#conn);
+    closeQuietly(this.conn);
     for (const release of this.#releases?.splice(0) ?? []) release();
   }
 
@@ -2113,11 +1977,11 @@ class Transport implements Watched {
     const { idleTimeout, maxLifetime } = this.#settings;
     if (!this.#isClosed) {
       if (now - watch.openedAt >= maxLifetime) this.#expire(`was open for the maxLifetime of ${maxLifetime} ms`);
-      const rest = watch.traffic.lasts(now, this.#bytesRead + this.bytesWritten);
+      const rest = watch.traffic.lasts(now, this.bytesRead + this.output.sent);
       if (rest >= idleTimeout) this.#expire(`moved no byte for the idleTimeout of ${idleTimeout} ms`);
     }
-    if (watch.output.lasts(now, this.bytesWritten, this.#output.isIdle) >= this.#timeout) {
-      const peer = formatAddress(this.#conn.remoteAddr);
+    if (watch.output.lasts(now, this.output.sent, this.output.isIdle) >= this.#timeout) {
+      const peer = formatAddress(this.conn.remoteAddr);
       this.#expire(`was closed because ${peer} took no byte for the timeout of ${this.#timeout} ms`);
     }
     this.#expireRead(now);
@@ -2137,7 +2001,7 @@ class Transport implements Watched {
   }
 
   #shortestTime(): number {
-    const output = this.#output.isIdle ? Infinity : this.#timeout;
+    const output = this.output.isIdle ? Infinity : this.#timeout;
     if (this.#isClosed) return output;
     return Math.min(this.#settings.idleTimeout, this.#settings.maxLifetime, output, this.#pending?.timeout ?? Infinity);
   }
@@ -2192,12 +2056,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   #readable: ReadableStream<Uint8Array<ArrayBuffer>> | undefined;
   #writable: WritableStream<Uint8Array> | undefined;
 
-  /**
-   * Takes `conn` over: read, write and close it only through the stream.
-   *
-   * @param conn An open connection, such as `Deno.connect` gives.
-   * @param options Deadlines and limits.
-   */
+  /** Takes an open connection over: read, write and close it only through the stream. */
   constructor(conn: StreamConn, options: StreamOptions = {}) {
     this.#transport = new Transport(conn, resolveStreamOptions(options));
   }
@@ -2224,22 +2083,15 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
   /** Bytes that the kernel has taken so far. */
   get bytesWritten(): number {
-    return this.#transport.bytesWritten;
+    return this.#transport.output.sent;
   }
 
-  /**
-   * Bytes that were written and that the kernel has not taken; asyncio's
-   * `get_write_buffer_size()`. Where nobody awaits writes, as in a chat room, it tells
-   * which peers do not read.
-   */
+  /** Written bytes that the kernel has not taken; asyncio's `get_write_buffer_size()`. In a chat room it tells which peers do not read. */
   get bytesBuffered(): number {
-    return this.#transport.bytesBuffered;
+    return this.#transport.output.buffered;
   }
 
-  /**
-   * Milliseconds that one read or write may wait; above 0, `Infinity` for ever. A change
-   * counts from the next call on, and for a write that is under way from now on.
-   */
+  /** The option `timeout`. A change counts from the next call on, and for a write under way from now on. */
   get timeout(): number {
     return this.#transport.timeout;
   }
@@ -2249,12 +2101,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
-   * Reads what has arrived, or waits until something does.
-   *
-   * @param maxBytes The most bytes to read, whole, 1 or more. Default: `Infinity`.
-   * @returns Resolves to one byte or more, which are the caller's, and to `null` at the
-   * end of the stream. To transfer them to a worker, take a `slice()`: their buffer may
-   * hold later bytes too.
+   * Reads what has arrived, or waits until something does. Resolves to 1 to `maxBytes`
+   * (default `Infinity`) bytes, which are the caller's, and to `null` at the end of the
+   * stream. To transfer them to a worker, take a `slice()`: their buffer may hold more.
    */
   recv(maxBytes: number = Infinity): Promise<Uint8Array<ArrayBuffer> | null> {
     if (!(maxBytes >= 1 && (Number.isInteger(maxBytes) || maxBytes === Infinity))) {
@@ -2264,12 +2113,10 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
-   * Reads into an array of the caller, as `Deno.Conn.read` does. Nothing is allocated,
-   * and without a `timeout` nothing is copied. Leave `into` alone until the promise
-   * settles; if a shutdown has ended the stream, until the handler is done.
-   *
-   * @param into The place of the bytes; not empty.
-   * @returns Resolves to the count of bytes, and to `null` at the end of the stream.
+   * Reads into a non-empty array of the caller, as `Deno.Conn.read` does: nothing is
+   * allocated, and without a `timeout` nothing is copied. Resolves to the count of bytes,
+   * and to `null` at the end of the stream. Leave `into` alone until the promise settles;
+   * if a shutdown has ended the stream, until the handler is done.
    */
   read(into: Uint8Array): Promise<number | null> {
     if (into.length === 0) {
@@ -2279,11 +2126,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
-   * Reads exactly `bytes` bytes. Memory grows with what arrives, not with the count.
-   *
-   * @param bytes The count, whole, 0 or more.
-   * @returns Resolves to the bytes, which are the caller's.
-   * @throws {IncompleteReadError} If the stream ends before; it has what came.
+   * Reads exactly `bytes` bytes, a whole number of 0 or more, which are the caller's.
+   * Memory grows with what arrives, not with the count. Rejects with
+   * {@linkcode IncompleteReadError} if the stream ends before; it has what came.
    */
   readExactly(bytes: number): Promise<Uint8Array<ArrayBuffer>> {
     if (!(Number.isSafeInteger(bytes) && bytes >= 0)) {
@@ -2294,14 +2139,11 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
-   * Reads up to and with a delimiter.
-   *
-   * @param delimiter The end of a record: bytes, or text as UTF-8; not empty. Of several
-   * ones the first in the stream ends the record, at the same place the longest.
-   * @returns Resolves to the record with its delimiter, and to `null` if the stream ends
-   * between two records.
-   * @throws {IncompleteReadError} If the stream ends inside a record; it has what came.
-   * @throws {LimitOverrunError} If `limit` bytes hold no delimiter.
+   * Reads a record up to and with its delimiter: bytes, or text as UTF-8, not empty. Of
+   * several delimiters the first in the stream counts, at the same place the longest.
+   * Resolves to `null` if the stream ends between two records. Rejects with
+   * {@linkcode IncompleteReadError} if it ends inside one, and with
+   * {@linkcode LimitOverrunError} if `limit` bytes hold no delimiter.
    *
    * @example
    * ```ts
@@ -2327,21 +2169,17 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
-   * Reads a line of UTF-8 text.
-   *
-   * @returns Resolves to the line without its `"\n"` or `"\r\n"`, and to `null` at the
-   * end of the stream. A last line needs no end. A kept line may keep up to 1 KiB alive.
-   * @throws {LimitOverrunError} If the line is longer than `limit` bytes.
+   * Reads a line of UTF-8 text without its `"\n"` or `"\r\n"`; resolves to `null` at the
+   * end of the stream. A last line needs no end. Rejects with {@linkcode LimitOverrunError}
+   * if the line is longer than `limit` bytes. A kept line may keep up to 1 KiB alive.
    */
   readLine(): Promise<string | null> {
     return this.#transport.read("readLine()", takeLine, undefined);
   }
 
   /**
-   * Looks at the next bytes without reading them: the next read gives them again.
-   *
-   * @param count The count to wait for, whole, 0 or more.
-   * @returns Resolves to a copy of `count` bytes, of fewer if the stream ends before.
+   * Looks at the next `count` bytes, a whole number of 0 or more, without reading them.
+   * Resolves to a copy, of fewer bytes if the stream ends before.
    */
   peek(count: number): Promise<Uint8Array<ArrayBuffer>> {
     if (!(Number.isSafeInteger(count) && count >= 0)) {
@@ -2357,11 +2195,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
   /**
    * Iterates over records that each have their length in front, as `writeFrame()` sends
-   * them. Leaving the loop early leaves the stream open.
-   *
-   * @param options The form of the length. Default: 4 bytes, big-endian.
-   * @returns The iterator. It throws {@linkcode LimitOverrunError} for a record of more
-   * than `limit` bytes, and {@linkcode IncompleteReadError} if the stream ends inside one.
+   * them: 4 bytes, big-endian by default. It throws {@linkcode LimitOverrunError} for a
+   * record of more than `limit` bytes, and {@linkcode IncompleteReadError} if the stream
+   * ends inside one. Leaving the loop early leaves the stream open.
    *
    * @example
    * ```ts
@@ -2392,11 +2228,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * turn of the event loop, so many small writes become few large ones. Text is put
    * together before it is encoded: a character cut in two by two writes arrives whole.
    *
-   * @param data Bytes, which must be left alone until the promise settles, or text,
-   * which is sent as UTF-8.
-   * @returns Resolves at once, or, if more than `highWaterMark` bytes wait, once the
-   * kernel has `data`. Without `await` nothing holds back a writer that is faster than
-   * its peer.
+   * @param data Bytes, left alone until the promise settles, or text as UTF-8.
+   * @returns Resolves at once, or, if more than `highWaterMark` bytes wait, once the kernel
+   * has `data`. Without `await` nothing holds back a writer that is faster than its peer.
    */
   write(data: Uint8Array | string): Promise<void> {
     return this.#transport.write(data);
@@ -2407,24 +2241,14 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     return this.#transport.flush();
   }
 
-  /**
-   * Sends all of `data`, after all that was written before.
-   *
-   * @param data Bytes, which must be left alone until the promise settles, or text,
-   * which is sent as UTF-8.
-   * @returns Resolves once the kernel has all of it.
-   */
+  /** Sends all of `data` after all that was written before; resolves once the kernel has it. Leave bytes alone until then. */
   send(data: Uint8Array | string): Promise<void> {
     return this.#transport.send(data);
   }
 
   /**
-   * Buffers `payload` with its length in front, as `frames()` reads it.
-   *
-   * @param payload Bytes, or text that is sent as UTF-8.
-   * @param options The form of the length. Default: 4 bytes, big-endian.
-   * @returns Settles as `write()` does; rejects with `RangeError` if the length has no
-   * room in its prefix.
+   * Buffers `payload` with its length in front, as `frames()` reads it. Settles as
+   * `write()` does; rejects with `RangeError` if the prefix has no room for the length.
    */
   writeFrame(payload: Uint8Array | string, options: FrameOptions = {}): Promise<void> {
     try {
@@ -2453,12 +2277,11 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * before, as anybody could have put them there in plain text.
    *
    * @param filter Makes the connection, such as `tls()` of the extra.
-   * @param options `handshakeTimeout`: milliseconds that the filter may take; above 0,
-   * `Infinity` for ever. Default: 5,000.
-   * @returns Resolves when the stream has the new connection. If the filter fails, it
-   * rejects with its error, and the stream is closed.
-   * @throws {Deno.errors.Busy} If a read waits or received bytes are unread; the stream
-   * is as it was.
+   * @param options `handshakeTimeout`: milliseconds that it may take; above 0, `Infinity`
+   * for ever. Default: 5,000.
+   * @returns Resolves when the stream has the new connection. Rejects with
+   * `Deno.errors.Busy` if a read waits or received bytes are unread, and leaves the stream
+   * as it was; with the filter's error if that fails, and closes the stream.
    */
   async upgrade(filter: ConnectionFilter, options: { handshakeTimeout?: number | undefined } = {}): Promise<void> {
     const { handshakeTimeout = SERVER_DEFAULTS.handshakeTimeout } = options;
@@ -2510,31 +2333,29 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
 /** Reads a stream again and again, with one `Take` for all. */
 class Iteration<T, Argument> implements AsyncIterableIterator<T, undefined> {
-  readonly #transport: Transport;
-  readonly #call: string;
-  readonly #take: Take<IteratorResult<T, undefined>, Argument>;
-  readonly #argument: Argument;
   #isOver = false;
 
-  constructor(transport: Transport, call: string, take: Take<T | null, Argument>, argument: Argument) {
-    this.#transport = transport;
-    this.#call = call;
-    this.#argument = argument;
-    this.#take = (input, argument, limit) => {
-      const value = take(input, argument, limit);
-      if (value === MORE) return MORE;
-      return value === null ? { done: true, value: undefined } : { done: false, value };
-    };
-  }
+  constructor(
+    readonly transport: Transport,
+    readonly call: string,
+    readonly take: Take<T | null, Argument>,
+    readonly argument: Argument,
+  ) {}
+
+  readonly #takeResult: Take<IteratorResult<T, undefined>, Argument> = (input, argument, limit) => {
+    const value = this.take(input, argument, limit);
+    if (value === MORE) return MORE;
+    return value === null ? { done: true, value: undefined } : { done: false, value };
+  };
 
   next(): Promise<IteratorResult<T, undefined>> {
     if (this.#isOver) return Promise.resolve({ done: true, value: undefined });
-    return this.#transport.read(this.#call, this.#take, this.#argument);
+    return this.transport.read(this.call, this.#takeResult, this.argument);
   }
 
   return(): Promise<IteratorResult<T, undefined>> {
     this.#isOver = true;
-    return Promise.resolve({ done: true, value: undefined });
+    return this.next();
   }
 
   [Symbol.asyncIterator](): this {
@@ -2624,11 +2445,9 @@ function runFilters(
 }
 
 /**
- * Makes a filter that refuses a connection of a host that has `limit` open ones
- * already; {@linkcode hostOf} says what one host is. Behind a proxy filter it counts
- * clients, before it proxies. Clients without a host pass.
- *
- * @param limit The most connections of one host, whole, 1 or more.
+ * Makes a filter that refuses a connection of a host that has `limit` (whole, 1 or more)
+ * open ones already; {@linkcode hostOf} says what one host is. Behind a proxy filter it
+ * counts clients, before it proxies. Clients without a host pass.
  */
 export function perHost(limit: number): ConnectionFilter {
   if (!(limit >= 1 && (Number.isInteger(limit) || limit === Infinity))) {
@@ -2660,90 +2479,95 @@ class Pipe {
   #held = NO_BYTES;
   #isEnded = false;
   #isBroken = false;
-  #change = Promise.withResolvers<void>();
+  #changing = Promise.withResolvers<void>();
 
-  async read(into: Uint8Array, isClosed: () => boolean): Promise<number | null> {
-    while (this.#held.length === 0 && !this.#isEnded && !isClosed()) await this.#change.promise;
-    if (isClosed()) throw interrupted();
+  /** Resolves at the next change. */
+  get changed(): Promise<void> {
+    return this.#changing.promise;
+  }
+
+  /** Moves bytes into `into`; `null` at the end, `undefined` if it has to wait. */
+  take(into: Uint8Array): number | null | undefined {
+    if (this.#held.length === 0) return this.#isEnded ? null : undefined;
     const part = this.#held.subarray(0, into.length);
     into.set(part);
     this.#held = this.#held.subarray(part.length);
-    this.wake();
-    return part.length === 0 ? null : part.length;
+    this.#wake();
+    return part.length;
   }
 
-  async write(data: Uint8Array, isClosed: () => boolean): Promise<number> {
-    while (this.#held.length >= PIPE_BYTES && !this.#isBroken && !isClosed()) await this.#change.promise;
-    if (isClosed()) throw interrupted();
-    if (this.#isBroken || this.#isEnded) {
+  /** Takes a part of `data` in; `undefined` if it has to wait. */
+  put(data: Uint8Array): number | undefined {
+    if (this.#isEnded || this.#isBroken) {
       throw Object.assign(new Deno.errors.BrokenPipe("Broken pipe"), { code: "EPIPE" });
     }
+    if (this.#held.length >= PIPE_BYTES) return undefined;
     const part = data.subarray(0, PIPE_BYTES - this.#held.length);
     const held = new Uint8Array(this.#held.length + part.length);
     held.set(this.#held);
     held.set(part, this.#held.length);
     this.#held = held;
-    this.wake();
+    this.#wake();
     return part.length;
   }
 
-  /** No more is written; held bytes can still be read. */
+  /** No more is put in. */
   end(): void {
     this.#isEnded = true;
-    this.wake();
+    this.#wake();
   }
 
-  /** No more is read. */
+  /** No more is taken out. */
   break(): void {
     this.#isBroken = true;
     this.#held = NO_BYTES;
-    this.wake();
+    this.#wake();
   }
 
-  wake(): void {
-    this.#change.resolve();
-    this.#change = Promise.withResolvers();
+  #wake(): void {
+    this.#changing.resolve();
+    this.#changing = Promise.withResolvers();
   }
-}
-
-function interrupted(): Error {
-  return Object.assign(new Deno.errors.Interrupted("operation canceled"), { code: "EINTR" });
 }
 
 /** One end of a pair. It fails as a `Deno.Conn` does, so that handlers meet in a test what they meet in production. */
 class PairConn implements StreamConn {
   readonly localAddr: Deno.Addr = { transport: "unix", path: "" };
   readonly remoteAddr: Deno.Addr = { transport: "unix", path: "" };
-  readonly #incoming: Pipe;
-  readonly #outgoing: Pipe;
   #isClosed = false;
 
-  constructor(incoming: Pipe, outgoing: Pipe) {
-    this.#incoming = incoming;
-    this.#outgoing = outgoing;
-  }
+  constructor(readonly incoming: Pipe, readonly outgoing: Pipe) {}
 
   async read(into: Uint8Array): Promise<number | null> {
-    this.#checkOpen();
-    return await this.#incoming.read(into, () => this.#isClosed);
+    return await this.#whenever(this.incoming, () => this.incoming.take(into));
   }
 
   async write(data: Uint8Array): Promise<number> {
+    return await this.#whenever(this.outgoing, () => this.outgoing.put(data));
+  }
+
+  /** Tries again whenever `pipe` changes; rejects as a socket does if this end is closed meanwhile. */
+  async #whenever<T>(pipe: Pipe, action: () => T | undefined): Promise<T> {
     this.#checkOpen();
-    return await this.#outgoing.write(data, () => this.#isClosed);
+    while (!this.#isClosed) {
+      const answer = action();
+      if (answer !== undefined) return answer;
+      await pipe.changed;
+    }
+    throw Object.assign(new Deno.errors.Interrupted("operation canceled"), { code: "EINTR" });
   }
 
   // deno-lint-ignore require-await -- A closed connection rejects; it does not throw.
   async closeWrite(): Promise<void> {
     this.#checkOpen();
-    this.#outgoing.end();
+    this.outgoing.end();
   }
 
   close(): void {
     this.#checkOpen();
     this.#isClosed = true;
-    this.#incoming.break();
-    this.#outgoing.end();
+    this.incoming.break();
+    this.outgoing.end();
   }
 
   #checkOpen(): void {
@@ -2752,12 +2576,9 @@ class PairConn implements StreamConn {
 }
 
 /**
- * Makes two streams in memory, each the other's peer, with a socket's back-pressure
- * and half-close: a handler is tested without network and permissions. Python's
+ * Makes two streams in memory, each the other's peer, with a socket's back-pressure and
+ * half-close: a handler is tested without network and permissions. Python's
  * `socket.socketpair()`.
- *
- * @param options Deadlines and limits of both streams.
- * @returns The two ends.
  *
  * @example Testing a handler
  * ```ts
@@ -2801,14 +2622,11 @@ const DIAL_DEFAULTS: DialSettings = { ...STREAM_DEFAULTS, retries: 0, tls: false
 type DialAddress = Deno.NetAddr | Deno.UnixAddr;
 
 /**
- * Opens a connection to a server.
- *
- * @param options Where to, `{ hostname, port }` or `{ path }`, and how.
- * @returns Resolves to the open stream, which is the caller's to close. Rejects with the
- * class and `code` of the last try's error, such as `Deno.errors.ConnectionRefused` or
- * `Deno.errors.TimedOut`; its message says what was dialled, why it failed and after how
- * many tries. A missing permission (`Deno.errors.NotCapable`) and a wrong option
- * (`TypeError`, `RangeError`) are not tried again.
+ * Opens a connection to `{ hostname, port }` or `{ path }`. Resolves to the open stream,
+ * which is the caller's to close. Rejects with the class and `code` of the last try's
+ * error, such as `Deno.errors.ConnectionRefused` or `Deno.errors.TimedOut`; the message
+ * says what was dialled, why it failed and after how many tries. A missing permission, a
+ * wrong option and a failed TLS handshake are not tried again.
  *
  * @example
  * ```ts
@@ -3160,8 +2978,6 @@ interface AcceptorEvents {
  * nothing. No client's error ends it, and an exhaustion is waited out.
  */
 class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
-  readonly #listener: Listener<Arrival>;
-  readonly #events: AcceptorEvents;
   /** Aborts when the server stops: waits are short from then on. */
   readonly #stopping = new AbortController();
   /** Nothing more will arrive. */
@@ -3173,10 +2989,7 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
   #overloadWait = 0;
   #count = 0;
 
-  constructor(listener: Listener<Arrival>, events: AcceptorEvents) {
-    this.#listener = listener;
-    this.#events = events;
-  }
+  constructor(readonly listener: Listener<Arrival>, readonly events: AcceptorEvents) {}
 
   /** Resolves when there is something to take, or nothing will be any more; the same promise until it is taken. */
   arrival(): Promise<void> {
@@ -3220,7 +3033,7 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
   async close(): Promise<void> {
     this.#isOver = true;
     this.#stopping.abort();
-    this.#closing ??= Promise.try(() => this.#listener.close()).catch(ignore); // Someone else may have closed it.
+    this.#closing ??= Promise.try(() => this.listener.close()).catch(ignore); // Someone else may have closed it.
     await this.#closing;
     await this.#arriving;
   }
@@ -3234,7 +3047,7 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
 
   #accept(): Promise<void> {
     if (this.#isOver) return DONE;
-    return this.#listener.accept().then((arrival) => this.#receive(arrival), (error) => this.#rideOut(error));
+    return this.listener.accept().then((arrival) => this.#receive(arrival), (error) => this.#rideOut(error));
   }
 
   #receive(arrival: Arrival): void {
@@ -3249,10 +3062,10 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
         this.#isOver = true;
         return;
       case "peer":
-        this.#events.onLost();
+        this.events.onLost();
         break;
       case "overload":
-        this.#events.onOverload(error);
+        this.events.onOverload(error);
         await this.#waitOut();
         break;
       case "fatal":
@@ -3281,8 +3094,16 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
  */
 export type Outcome = "finished" | "aborted" | "timedOut" | "error" | "rejected" | "cut";
 
+/** The bytes of a request. */
+export interface Traffic {
+  /** Bytes that were received. */
+  readonly bytesRead: number;
+  /** Bytes that were sent. */
+  readonly bytesWritten: number;
+}
+
 /** One request, from its arrival to its end. */
-abstract class Session<Request> {
+abstract class Session<Request extends Traffic> {
   /** Its place among the server's sessions. */
   index = 0;
   outcome: Outcome | "refused" | "handshakeFailed" = "finished";
@@ -3294,18 +3115,27 @@ abstract class Session<Request> {
   constructor(readonly since: number) {}
 
   abstract get clientAddress(): Deno.Addr;
-  abstract get bytesRead(): number;
-  abstract get bytesWritten(): number;
-  /** Trouble that no handler has told of: a deadline that it kept to itself, or bytes that could not be sent. */
-  abstract get silentOutcome(): "aborted" | "timedOut" | undefined;
   /** Makes the request; `null` if it is not served, and `outcome` says why. */
   abstract open(): Request | null | Promise<Request | null>;
   /** The outcome of an error; `undefined` if it only tells that the server has cut the session off. */
   abstract outcomeOf(error: unknown): ErrorOutcome | undefined;
   /** Ends it if its client has nothing under way, or in any case if it `isLate`. */
-  abstract drain(isLate: boolean): void;
+  drain(_isLate: boolean): void {}
   /** Ends it now; its handler's calls reject with `error`. */
-  abstract cut(error?: Error): void;
+  cut(_error?: Error): void {}
+
+  /** Trouble that no handler has told of: a deadline that it kept to itself, or bytes that could not be sent. */
+  get silentOutcome(): "aborted" | "timedOut" | undefined {
+    return undefined;
+  }
+
+  get bytesRead(): number {
+    return this.request?.bytesRead ?? 0;
+  }
+
+  get bytesWritten(): number {
+    return this.request?.bytesWritten ?? 0;
+  }
 
   get isCut(): boolean {
     return this.outcome === "cut";
@@ -3350,22 +3180,10 @@ class StreamSession extends Session<SocketStream> {
     return this.conn.remoteAddr;
   }
 
-  override get bytesRead(): number {
-    return this.#transport?.bytesRead ?? 0;
-  }
-
-  override get bytesWritten(): number {
-    return this.#transport?.bytesWritten ?? 0;
-  }
-
   override get silentOutcome(): "aborted" | "timedOut" | undefined {
     const unsent = this.#transport?.unsent;
     if (this.#transport?.hasTimedOut || unsent instanceof Deno.errors.TimedOut) return "timedOut";
     return unsent && "aborted";
-  }
-
-  get waitsFor(): string {
-    return this.#transport?.waitsFor ?? "handshake";
   }
 
   override open(): SocketStream | null | Promise<SocketStream | null> {
@@ -3437,7 +3255,7 @@ const UNWIND_MS = 200;
 const SERVICE_INTERVAL_MS = 500;
 
 /** The work of a server so far. All are counts since it was made, except `active`. */
-export interface ServerStats {
+export interface ServerStats extends Traffic {
   /** Connections that were accepted and datagrams that were received, however they ended. */
   readonly accepted: number;
   /** Requests that are being served now, and connections in their filters. */
@@ -3460,39 +3278,23 @@ export interface ServerStats {
   readonly dropped: number;
   /** Times that the system ran out of descriptors or memory. */
   readonly overloads: number;
-  /** Bytes that were received. */
-  readonly bytesRead: number;
-  /** Bytes that were sent. */
-  readonly bytesWritten: number;
 }
 
 /** How a connection went; the argument of {@linkcode StreamServer.handleClose}. */
-export interface ConnectionReport {
+export interface ConnectionReport extends Traffic {
   /** How it ended. */
   readonly outcome: Outcome;
   /** Milliseconds from its accept to its end. */
   readonly duration: number;
-  /** Bytes that were received. */
-  readonly bytesRead: number;
-  /** Bytes that were sent. */
-  readonly bytesWritten: number;
 }
 
 /** A connection that is being served; one of {@linkcode StreamServer.openConnections}. */
-export interface OpenConnection {
+export interface OpenConnection extends Traffic {
   /** The client's address. */
   readonly clientAddress: Deno.Addr;
   /** Milliseconds since it was accepted. */
   readonly age: number;
-  /** Bytes that were received. */
-  readonly bytesRead: number;
-  /** Bytes that were sent. */
-  readonly bytesWritten: number;
-  /**
-   * The call that waits for the client, such as `"readLine()"` or `"for await"`;
-   * `"send()"` while the client has not taken all that was written; `"handshake"` in
-   * the filters; else `"handler"`.
-   */
+  /** The call that waits for the client, such as `"readLine()"` or `"send()"`; `"handshake"` in the filters; else `"handler"`. */
   readonly waitsFor: string;
 }
 
@@ -3518,23 +3320,19 @@ const COUNTER_OF = {
 } as const;
 
 /**
- * The base of all servers: lifecycle, hooks and end. Nothing is opened and no hook is
- * called before `listen()`, `serveForever()` or `handleRequest()`.
+ * The base of all servers: lifecycle, hooks and end. Its constructor opens nothing.
  *
  * Call: `listen`, `serveForever`, `handleRequest`, `shutdown`, `close`. Read: `address`,
  * `signal`, `stats`. Override: `verifyRequest`, `processRequest`, `finishRequest`,
  * `handleError`, `handleTimeout`, `serviceActions`, `handleOverload`. A new kind of
  * server extends {@linkcode StreamServer} or {@linkcode DatagramServer} and overrides
  * `listen`, which calls `adopt`.
- *
- * @typeParam Request What is served, such as a {@linkcode SocketStream}.
- * @typeParam Address The kind of address that the server has.
- * @typeParam Arrival What the listener gives out, such as a connection.
  */
-export abstract class BaseServer<Request extends object, Address extends Deno.Addr = Deno.Addr, Arrival = unknown>
+export abstract class BaseServer<Request extends Traffic, Address extends Deno.Addr = Deno.Addr, Arrival = unknown>
   implements AsyncDisposable {
   readonly #grace: number;
   readonly #maxSessions: number;
+  readonly #repliesByListener: boolean;
   readonly #controller = new AbortController();
   /** In no order: each session knows its index. */
   readonly #sessions: Session<Request>[] = [];
@@ -3565,37 +3363,27 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
   #draining: Promise<ShutdownReport> | undefined;
   #change: PromiseWithResolvers<void> | undefined;
   #overloadedAt = -Infinity;
-  readonly #notices = new Notices();
+  /** What arrives now has come after the shutdown had begun. */
+  #isDrained = false;
 
-  /**
-   * Keeps the options; nothing is opened.
-   *
-   * @param grace Milliseconds that `shutdown()` waits for handlers.
-   * @param maxSessions Requests that are served at the same time.
-   */
-  protected constructor(grace: number, maxSessions: number) {
+  /** `grace` in milliseconds; `repliesByListener`: handlers need the listener until they are done. */
+  protected constructor(grace: number, maxSessions: number, repliesByListener = false) {
     this.#grace = grace;
     this.#maxSessions = maxSessions;
+    this.#repliesByListener = repliesByListener;
   }
 
   /**
-   * Binds the address and lets clients connect. They are served once `serveForever()`
-   * or `handleRequest()` runs, which call it by themselves. A second call returns the
-   * same address.
-   *
-   * @returns The bound address, with the real port for port 0.
-   * @throws {Deno.errors.AddrInUse} If another program has the address.
-   * @throws {Deno.errors.NotCapable} If a permission is missing.
-   * @throws {TypeError} If the server is closed.
+   * Binds the address and returns it, with the real port for port 0. Clients can connect;
+   * `serveForever()` and `handleRequest()`, which call it by themselves, serve them. A
+   * second call returns the same. Throws, or rejects with, `Deno.errors.AddrInUse`,
+   * `Deno.errors.NotCapable` without the permission, `TypeError` if the server is closed.
    */
   abstract listen(): Address | Promise<Address>;
 
-  /**
-   * The session of an arrival; `undefined` if it is dropped.
-   *
-   * @internal
-   */
-  protected abstract newSession(arrival: Arrival): Session<Request> | undefined;
+  /** The session of an arrival, or the counter of those that are dropped. `isBusy`: `maxSessions` are open, or the server is about to close.
+   * @internal */
+  protected abstract newSession(arrival: Arrival, isBusy: boolean): Session<Request> | "lost" | "dropped";
 
   /** The bound address. Throws `TypeError` before `listen()`. */
   get address(): Address {
@@ -3618,12 +3406,10 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
   /**
    * Serves until {@linkcode BaseServer.shutdown} or {@linkcode BaseServer.close}.
    *
-   * @param options With a `signal`, its abort is a call of `shutdown()`.
-   * @returns Resolves once the shutdown is over; at once if the server is closed
-   * already. Handlers that were cut off have 200 ms to end. Rejects with the error of
-   * `listen()`, after which it may be called again, and with an error of accepting that
-   * cannot be waited out, after which the server is closed.
-   * @throws {Deno.errors.Busy} If it serves already.
+   * @param options The abort of `signal` is a call of `shutdown()`.
+   * @returns Resolves once the shutdown is over. Rejects with the error of `listen()`, after
+   * which it may be called again; with `Deno.errors.Busy` if the server serves already; and
+   * with an error of accepting that cannot be waited out, which closes the server.
    */
   async serveForever(options: { signal?: AbortSignal | undefined } = {}): Promise<void> {
     if (this.#isClosing) return await this.#ended.promise;
@@ -3649,12 +3435,9 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
   }
 
   /**
-   * Serves one request; Python's `handle_request()`.
-   *
-   * @param options `timeout`: milliseconds to wait for it, above 0. Default: `Infinity`.
-   * @returns Resolves when the request was served, when `handleTimeout()` has run as
-   * none came, or when the server is closed. Rejects as `serveForever()` does.
-   * @throws {Deno.errors.Busy} If the server serves already.
+   * Serves one request; Python's `handle_request()`. Resolves when it was served, when none
+   * came within `timeout` (milliseconds above 0, default `Infinity`) and `handleTimeout()`
+   * has run, or when the server is closed. Rejects as `serveForever()` does.
    */
   async handleRequest(options: { timeout?: number | undefined } = {}): Promise<void> {
     const { timeout = Infinity } = options;
@@ -3682,14 +3465,10 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
    *    to say their first word.
    * 4. After `grace` the rest are cut off; their `finish()` has 200 ms.
    *
-   * It may be called before the start, and again: it is the same shutdown, with the
-   * first call's `grace`; `close()` shortens it. A handler calls it without `await`, as
-   * the promise waits for that handler, too.
-   *
-   * @param options `grace`: milliseconds before the rest are cut off, instead of the
-   * server's option; 0 cuts at once, `Infinity` waits for ever.
-   * @returns Resolves to a report when it is over; the address is free by then. Never
-   * rejects.
+   * It may be called before the start, and again: it is the same shutdown, with the first
+   * call's `grace` (default: the server's option); `close()` shortens it. A handler calls
+   * it without `await`, as the promise waits for that handler, too. Never rejects; the
+   * address is free when it resolves.
    *
    * @example
    * ```ts
@@ -3729,41 +3508,28 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
     await this.shutdown();
   }
 
-  /**
-   * Decides whether a request is served, before a handler exists. Nothing was read of
-   * it. With `false` the connection is closed. Default: `true`.
-   */
+  /** Decides, before a handler exists, whether a request is served; nothing was read of it. Default: `true`. */
   verifyRequest(_request: Request, _clientAddress: Deno.Addr): boolean | Promise<boolean> {
     return true;
   }
 
-  /**
-   * Serves a verified request, by default with `finishRequest()`. Override it to put
-   * something around every request: a lock, a measurement. The request is over when it
-   * settles.
-   */
+  /** Serves a verified request, by default with `finishRequest()`. Override it to put something around every request: a lock, a measurement. */
   processRequest(request: Request, clientAddress: Deno.Addr): void | Promise<void> {
     return this.finishRequest(request, clientAddress);
   }
 
   /**
-   * Makes the handler and runs its `setup()`, `handle()` and `finish()`.
-   *
-   * @returns Settles when the handler is done; rejects with its error, and with a
-   * `SuppressedError` of both if `finish()` threw after `handle()` had. Without a
-   * promise if the handler gives none.
+   * Makes the handler and runs its `setup()`, `handle()` and `finish()`. Throws, or rejects
+   * with, its error; a `SuppressedError` of both if `finish()` threw after `handle()` had.
    */
   abstract finishRequest(request: Request, clientAddress: Deno.Addr): void | Promise<void>;
 
   /**
-   * Runs after a handler, a hook or a filter threw; then the connection is closed.
+   * Runs after a handler, a hook or a filter threw; then the connection is closed. The
+   * default prints the program's own errors with their stack, and failed handshakes in one
+   * line, one a second at most. It prints nothing of clients that vanished or ran into a
+   * deadline.
    *
-   * The default prints errors of the program with their stack, and failed handshakes in
-   * one line, of which it prints one a second at most. It prints nothing of clients that
-   * vanished or ran into a deadline, which {@linkcode BaseServer.stats} counts.
-   *
-   * @param error What was thrown.
-   * @param clientAddress The client's address.
    * @param outcome `"aborted"` and `"timedOut"` if the error is that of the client's own
    * connection, `"handshakeFailed"` if it is a filter's, else `"error"`.
    */
@@ -3772,20 +3538,19 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
     // The stack tells where a handler went wrong, and nothing about a client that sends too much.
     const detail = error instanceof LimitOverrunError ? messageOf(error) : error;
     if (outcome === "error") printError(`Error while serving ${client}:`, detail);
-    if (outcome === "handshakeFailed") this.printNotice(`Handshake with ${client} failed: ${messageOf(error)}`);
+    if (outcome === "handshakeFailed") notices.print(`Handshake with ${client} failed: ${messageOf(error)}`);
   }
 
-  /** Runs when `handleRequest()` has waited for its `timeout`. The default does nothing. */
+  /** Runs when `handleRequest()` has waited for its `timeout`. */
   handleTimeout(): void {}
 
   /** Runs every 500 ms while `serveForever()` accepts, if it is overridden: for chores. */
   serviceActions(): void | Promise<void> {}
 
   /**
-   * Runs when the system has run out of descriptors or memory, once until nothing was
-   * short for 5 s. Clients wait in the backlog meanwhile. The default prints one line.
-   *
-   * @param error The error of accepting. Do not read its `stack`, which opens a file.
+   * Runs when the system has run out of descriptors or memory, once until nothing was short
+   * for 5 s; clients wait in the backlog meanwhile. The default prints one line. Do not
+   * read the error's `stack`, which opens a file.
    */
   handleOverload(error: unknown): void | Promise<void> {
     const where = this.#address === undefined ? "" : ` on ${formatAddress(this.#address)}`;
@@ -3803,7 +3568,7 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
       throw closedServer();
     }
     this.#acceptor = new Acceptor(listener, {
-      onLost: () => this.countIncident("lost"),
+      onLost: () => this.#counts.lost++,
       onOverload: (error) => this.#noteOverload(error),
     });
     this.#phase = "listening";
@@ -3817,77 +3582,22 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
     return this.#address;
   }
 
-  /**
-   * Runs before the listener is closed in good order.
-   *
-   * @internal
-   */
-  protected beforeClose(): void | Promise<void> {}
-
-  /**
-   * Runs when a request is taken in.
-   *
-   * @internal
-   */
+  /** Runs when a request is taken in.
+   * @internal */
   protected noteOpen(_session: Session<Request>): void {}
 
-  /**
-   * Runs when a session is over, or cut off.
-   *
-   * @internal
-   */
+  /** Runs when a session is over, or cut off.
+   * @internal */
   protected noteClose(_session: Session<Request>): void {}
 
-  /**
-   * The sessions that were not cut off.
-   *
-   * @internal
-   */
+  /** The sessions that were not cut off.
+   * @internal */
   protected get openSessions(): Session<Request>[] {
     return this.#sessions.filter(({ isCut }) => !isCut);
   }
 
-  /**
-   * Whether `maxSessions` are open.
-   *
-   * @internal
-   */
-  protected get isFull(): boolean {
-    return this.#sessions.length >= this.#maxSessions;
-  }
-
-  /**
-   * Resolves when no session is open, or the server is closed.
-   *
-   * @internal
-   */
-  protected whenIdle(): Promise<void> {
-    return this.#until(() => this.#sessions.length === 0 || this.#phase === "closed");
-  }
-
-  /**
-   * Counts something that happened outside of a request.
-   *
-   * @internal
-   */
-  protected countIncident(what: "lost" | "dropped" | "refused"): void {
-    this.#counts[what]++;
-  }
-
-  /**
-   * Prints a line about a client, one a second at most.
-   *
-   * @internal
-   */
-  protected printNotice(line: string): void {
-    this.#notices.print(line);
-  }
-
-  /**
-   * Runs a hook whose own error can only be printed; never rejects.
-   *
-   * @internal
-   */
+  /** Runs a hook whose own error can only be printed; never rejects.
+   * @internal */
   protected async runHook(name: string, hook: () => void | Promise<void>): Promise<void> {
     try {
       await hook();
@@ -3895,6 +3605,10 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
       this.#counts.errors++;
       printError(`Error in ${name}():`, error);
     }
+  }
+
+  get #isFull(): boolean {
+    return this.#sessions.length >= this.#maxSessions;
   }
 
   get #isClosing(): boolean {
@@ -3930,7 +3644,7 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
   async #serveArrivals(): Promise<void> {
     for await (const arrival of this.#acceptor ?? []) {
       this.#serve(arrival);
-      if (this.isFull) await this.#until(() => !this.isFull || this.#phase === "closed");
+      if (this.#isFull) await this.#until(() => !this.#isFull || this.#phase === "closed");
     }
   }
 
@@ -3945,8 +3659,8 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
 
   /** Serves an arrival; never rejects. Callbacks and no `async`: each layer costs an idle connection half a kilobyte. */
   #serve(arrival: Arrival): void | Promise<void> {
-    const session = this.newSession(arrival);
-    if (session === undefined) return;
+    const session = this.newSession(arrival, this.#isFull || this.#isDrained);
+    if (typeof session === "string") return void this.#counts[session]++;
     session.index = this.#sessions.push(session) - 1;
     this.#counts.accepted++;
     try {
@@ -3985,15 +3699,21 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
   }
 
   async #fail(error: unknown, session: Session<Request>): Promise<void> {
-    for (const each of errorsIn(error)) {
-      const told = this.#report(each, session);
-      if (session.request !== undefined) await told; // Before there is a request, nobody's place depends on a hook.
+    try {
+      const errors = error instanceof SuppressedError ? [error.suppressed, error.error] : [error];
+      for (const each of errors) {
+        const told = this.#report(each, session);
+        if (session.request !== undefined) await told; // Before there is a request, no place depends on a hook.
+      }
+    } catch {
+      this.#counts.errors++; // The code of what was thrown has thrown.
+      session.outcome = "error";
     }
     await this.#finish(session);
   }
 
   async #report(error: unknown, session: Session<Request>): Promise<void> {
-    const outcome = outcomeOf(error, session);
+    const outcome = session.outcomeOf(error);
     if (outcome === undefined) return;
     this.#counts[COUNTER_OF[outcome]]++;
     if (!session.isCut) session.outcome = outcome;
@@ -4026,7 +3746,7 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
       this.#counts[silentOutcome]++;
       session.outcome = silentOutcome;
     }
-    if (session.outcome === "refused") this.countIncident("refused");
+    if (session.outcome === "refused") this.#counts.refused++;
     if (this.#isClosing && !session.isCut) this.#finished++;
     addTraffic(this.#counts, session);
     if (!session.isCut) this.#end(session);
@@ -4056,7 +3776,7 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
     await settlesWithin(stopped, Math.min(DRAIN_FIRST_WORD_MS, left()));
     this.#abortSignal();
     await settlesWithin(stopped, left());
-    await settlesWithin(this.whenIdle(), left());
+    await settlesWithin(this.#idle(), left());
     clearInterval(ending);
     this.#phase = "closed";
     this.#cutAll();
@@ -4071,7 +3791,8 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
   /** Serves the backlog, and what a `handleRequest()` has waited for in vain; resolves when the address is free. */
   async #stopAccepting(): Promise<void> {
     if (this.#serving === "serveForever()") await this.#acceptor?.quiet();
-    await this.beforeClose();
+    this.#isDrained = this.#repliesByListener;
+    if (this.#isDrained) await this.#idle();
     await this.#acceptor?.close();
     const arrival = this.#acceptor?.takeLeft();
     if (arrival !== undefined) this.#serve(arrival);
@@ -4114,6 +3835,10 @@ export abstract class BaseServer<Request extends object, Address extends Deno.Ad
     this.#end(session);
   }
 
+  #idle(): Promise<void> {
+    return this.#until(() => this.#sessions.length === 0 || this.#phase === "closed");
+  }
+
   /** Resolves when `condition` holds, which changes when sessions leave or the phase does. */
   async #until(condition: () => boolean): Promise<void> {
     while (!condition()) {
@@ -4132,36 +3857,14 @@ function closedServer(): TypeError {
   return new TypeError("Cannot listen: the server is closed, make a new one");
 }
 
-function addTraffic(sum: { bytesRead: number; bytesWritten: number }, session: Session<unknown>): void {
+function addTraffic(sum: { bytesRead: number; bytesWritten: number }, session: Traffic): void {
   sum.bytesRead += session.bytesRead;
   sum.bytesWritten += session.bytesWritten;
 }
 
-/** Both errors if `finish()` threw behind `handle()`. */
-function errorsIn(error: unknown): unknown[] {
-  try {
-    return error instanceof SuppressedError ? [error.suppressed, error.error] : [error];
-  } catch {
-    return [error]; // Its own code has thrown.
-  }
-}
-
-function outcomeOf(error: unknown, session: Session<unknown>): ErrorOutcome | undefined {
-  try {
-    return session.outcomeOf(error);
-  } catch {
-    return "error"; // Its own code has thrown.
-  }
-}
-
 /**
- * A server of connections: it accepts them, makes a {@linkcode SocketStream} of each
- * and hands it to a handler of its own.
- *
- * Besides those of {@linkcode BaseServer}, override: `getRequest`, `handleOpen`,
- * `handleClose`, `handleRefuse`. Read: `openConnections`.
- *
- * @typeParam Address The kind of address that the server has.
+ * A server of connections. Besides those of {@linkcode BaseServer}, override:
+ * `getRequest`, `handleOpen`, `handleClose`, `handleRefuse`. Read: `openConnections`.
  */
 export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
   extends BaseServer<SocketStream, Address, StreamConn> {
@@ -4171,12 +3874,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
   /** The stream that `getRequest()` made last; an override may throw with it in its hands. */
   #made: SocketStream | undefined;
 
-  /**
-   * Keeps the options; nothing is opened.
-   *
-   * @param Handler The class whose objects serve the connections.
-   * @param options Limits, deadlines and filters.
-   */
+  /** Keeps the options; nothing is opened. */
   protected constructor(Handler: StreamRequestHandlerClass, options: ServerOptions) {
     const settings = resolveOptions(SERVER_DEFAULTS, options);
     super(settings.grace, settings.maxConnections);
@@ -4187,19 +3885,6 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
 
   /**
    * The open connections, the oldest one first.
-   *
-   * @example
-   * ```ts
-   * import { formatAddress, TcpServer } from "@socketserver/socketserver";
-   *
-   * class Reporting extends TcpServer {
-   *   override serviceActions() {
-   *     for (const { clientAddress, age, waitsFor } of this.openConnections) {
-   *       if (age > 60_000) console.log(`${formatAddress(clientAddress)} waits for ${waitsFor}`);
-   *     }
-   *   }
-   * }
-   * ```
    */
   get openConnections(): OpenConnection[] {
     const now = performance.now();
@@ -4213,26 +3898,17 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
     return connections.sort((one, other) => other.age - one.age);
   }
 
-  /**
-   * Makes the stream of a connection that has passed the filters. Override it to put
-   * something around every stream.
-   *
-   * @param conn The connection.
-   * @returns Its stream, which owns it.
-   */
+  /** Makes the stream of a connection that has passed the filters. Override it to put something around every stream. */
   getRequest(conn: StreamConn): SocketStream {
     return this.#made = new SocketStream(conn, this.#streamSettings);
   }
 
-  /**
-   * Runs for each connection that has passed the filters, before `verifyRequest()`. Read
-   * nothing from it. Nothing waits for its promise. The default does nothing.
-   */
+  /** Runs for each connection that has passed the filters, before `verifyRequest()`. Nothing waits for its promise. */
   handleOpen(_request: SocketStream, _clientAddress: Deno.Addr): void | Promise<void> {}
 
   /**
-   * Runs for each connection that is over, after `handleOpen()`. The handler is done by
-   * then, unless it was cut off. Nothing waits for its promise. The default does nothing.
+   * Runs for each connection that is over; the handler is done, unless it was cut off.
+   * Nothing waits for its promise.
    *
    * @example An access log
    * ```ts
@@ -4247,7 +3923,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
    */
   handleClose(_report: ConnectionReport, _clientAddress: Deno.Addr): void | Promise<void> {}
 
-  /** Runs for each connection that a filter refused; no other hook does. Nothing waits for its promise. The default does nothing. */
+  /** Runs for each connection that a filter refused; no other hook does. Nothing waits for its promise. */
   handleRefuse(_clientAddress: Deno.Addr): void | Promise<void> {}
 
   /** Makes the handler and runs its `setup()`, `handle()` and `finish()`. */
@@ -4307,30 +3983,26 @@ export interface TcpServerAddress {
   /**
    * The address of an interface, or a name that resolves to one. `"0.0.0.0"` is all IPv4
    * interfaces, `"::"` all of IPv6 and (on Linux) IPv4.
-   *
    * @default {"127.0.0.1"}
    */
   hostname?: string | undefined;
   /** The port, from 1 to 65535; 0 takes a free one. */
   port: number;
   /**
-   * Connections that may wait in the kernel, from 1 to 2,147,483,647; the kernel takes
-   * the smaller of it and net.core.somaxconn.
-   *
+   * Connections that may wait in the kernel, from 1 to 2,147,483,647; the kernel takes the
+   * smaller of it and net.core.somaxconn.
    * @default {4_096}
    */
   tcpBacklog?: number | undefined;
   /**
-   * Whether several processes may listen on the port (`SO_REUSEPORT`); the kernel
-   * spreads the connections among them. Linux only, with `--unstable-net`.
-   *
+   * Whether several processes may listen on the port (`SO_REUSEPORT`), among which the
+   * kernel spreads the connections. Linux only, with `--unstable-net`.
    * @default {false}
    */
   reusePort?: boolean | undefined;
   /**
    * Whether several threads of this process may listen on the port and take from one
-   * queue. Deno does not document it; `deno serve --parallel` shares its port so.
-   *
+   * queue, as in `deno serve --parallel`. Deno does not document it.
    * @default {false}
    */
   loadBalanced?: boolean | undefined;
@@ -4370,15 +4042,7 @@ const TCP_DEFAULTS: Resolved<TcpServerAddress> = {
 export class TcpServer extends StreamServer<Deno.NetAddr> {
   readonly #wanted: Resolved<TcpServerAddress>;
 
-  /**
-   * Makes a server; nothing is opened yet.
-   *
-   * @param address Where to listen.
-   * @param Handler The class whose objects serve the connections.
-   * @param options Limits, deadlines and filters.
-   * @throws {RangeError} If a number is out of its range.
-   * @throws {TypeError} If an option does not exist.
-   */
+  /** Makes a server; nothing is opened yet. Throws `RangeError` or `TypeError` for a wrong option. */
   constructor(address: TcpServerAddress, Handler: StreamRequestHandlerClass, options: ServerOptions = {}) {
     checkServerArguments(address, Handler);
     super(Handler, options);
@@ -4410,7 +4074,6 @@ export interface UnixServerAddress {
   /**
    * The permissions of the socket file, from 0 to `0o777`: programs that may write to it
    * may connect. From its making to the change it has those that the umask gives.
-   *
    * @default What the umask leaves of 0o777.
    */
   mode?: number | undefined;
@@ -4428,6 +4091,7 @@ class SocketFile {
   readonly #mode: number | undefined;
   /** The file that was made, to know it again. */
   #made: Deno.FileInfo | undefined;
+  #binding: Promise<Deno.UnixAddr> | undefined;
 
   constructor(address: UnixServerAddress) {
     const defaults: { path: string; mode: number | undefined } = { path: "", mode: undefined };
@@ -4443,8 +4107,16 @@ class SocketFile {
     this.#mode = mode;
   }
 
+  /** Runs `bind` once; after an error it may be tried again. */
+  bindOnce(address: Deno.UnixAddr, bind: () => Promise<Deno.UnixAddr>): Promise<Deno.UnixAddr> {
+    return this.#binding ??= bind().catch((error) => {
+      this.#binding = undefined;
+      throw unixListenError(error, address);
+    });
+  }
+
   /** Runs `open`, which makes the file, in the place of one that no server answers on. */
-  async bind<Socket extends { close(): void }>(open: () => Socket): Promise<Socket> {
+  async open<Socket extends { close(): void }>(open: () => Socket): Promise<Socket> {
     await unbinding.get(this.path);
     await this.#removeIfStale();
     const socket = open();
@@ -4532,24 +4204,19 @@ function isSameFile(file: Deno.FileInfo | undefined, other: Deno.FileInfo | unde
 
 /** A listener with a socket file, which goes once the pending accept has let go of the socket. */
 class FileListener<Arrival> implements Listener<Arrival> {
-  readonly #file: SocketFile;
-  readonly #listener: Listener<Arrival>;
   #accepting: Promise<unknown> = DONE;
 
-  constructor(file: SocketFile, listener: Listener<Arrival>) {
-    this.#file = file;
-    this.#listener = listener;
-  }
+  constructor(readonly file: SocketFile, readonly listener: Listener<Arrival>) {}
 
   accept(): Promise<Arrival> {
-    const accepting = this.#listener.accept();
+    const accepting = this.listener.accept();
     this.#accepting = accepting;
     return accepting;
   }
 
   close(): Promise<void> {
-    return this.#file.unbind(async () => {
-      closeQuietly(this.#listener);
+    return this.file.unbind(async () => {
+      closeQuietly(this.listener);
       await this.#accepting.catch(ignore);
     });
   }
@@ -4586,17 +4253,8 @@ class FileListener<Arrival> implements Listener<Arrival> {
  */
 export class UnixServer extends StreamServer<Deno.UnixAddr> {
   readonly #file: SocketFile;
-  #binding: Promise<Deno.UnixAddr> | undefined;
 
-  /**
-   * Makes a server; nothing is opened yet.
-   *
-   * @param address Where to listen.
-   * @param Handler The class whose objects serve the connections.
-   * @param options Limits, deadlines and filters.
-   * @throws {RangeError} If a number is out of its range.
-   * @throws {TypeError} If an option does not exist, or the path is empty.
-   */
+  /** Makes a server; nothing is opened yet. Throws `RangeError` or `TypeError` for a wrong option. */
   constructor(address: UnixServerAddress, Handler: StreamRequestHandlerClass, options: ServerOptions = {}) {
     checkServerArguments(address, Handler);
     super(Handler, options);
@@ -4605,19 +4263,12 @@ export class UnixServer extends StreamServer<Deno.UnixAddr> {
 
   /** Makes the socket file and lets clients connect; see {@linkcode BaseServer.listen}. It resolves, as another server may have to be dialled first. */
   override listen(): Promise<Deno.UnixAddr> {
-    return this.#binding ??= this.#bind();
-  }
-
-  async #bind(): Promise<Deno.UnixAddr> {
     const address = { transport: "unix", path: this.#file.path } as const;
-    try {
+    return this.#file.bindOnce(address, async () => {
       if (this.boundAddress !== undefined) return this.boundAddress;
-      const listener = await this.#file.bind(() => Deno.listen(address));
+      const listener = await this.#file.open(() => Deno.listen(address));
       return this.adopt(new FileListener(this.#file, listener), address);
-    } catch (error) {
-      this.#binding = undefined;
-      throw unixListenError(error, address);
-    }
+    });
   }
 }
 
@@ -4669,31 +4320,7 @@ export class Datagram {
   #session: DatagramSession | undefined;
   #bytesWritten = 0;
 
-  /**
-   * Made by the server; a test makes its own.
-   *
-   * @param data The bytes.
-   * @param clientAddress The sender's address.
-   * @param send Sends a reply.
-   *
-   * @example Testing a handler without a network
-   * ```ts
-   * import { Datagram, DatagramRequestHandler, UdpServer } from "@socketserver/socketserver";
-   * import { assertEquals } from "@std/assert";
-   *
-   * class Twice extends DatagramRequestHandler {
-   *   override async handle() {
-   *     await this.request.reply(new Uint8Array([...this.request.data, ...this.request.data]));
-   *   }
-   * }
-   *
-   * const sent: Uint8Array[] = [];
-   * const client = { transport: "udp", hostname: "127.0.0.1", port: 1 } as const;
-   * const request = new Datagram(new Uint8Array([7]), client, (data) => Promise.resolve(sent.push(data)));
-   * await new UdpServer({ port: 0 }, Twice).finishRequest(request, client);
-   * assertEquals(sent, [new Uint8Array([7, 7])]);
-   * ```
-   */
+  /** Made by the server; a test makes its own, with a function that sends a reply. */
   constructor(
     data: Uint8Array<ArrayBuffer>,
     clientAddress: Deno.Addr,
@@ -4715,10 +4342,8 @@ export class Datagram {
   }
 
   /**
-   * Sends a datagram back to the client; nothing tells whether it arrives.
-   *
-   * @param data Bytes, or text that is sent as UTF-8; 65,507 bytes at most.
-   * @returns Resolves once the kernel has it. Rejects if the data is too long, if the
+   * Sends bytes, or text as UTF-8, back to the client: 65,507 bytes at most. Resolves once
+   * the kernel has it; nothing tells whether it arrives. Rejects if it is too long, if the
    * client cannot be answered, with `Deno.errors.TimedOut` if a Unix client took nothing
    * for a second, and with `Deno.errors.BadResource` if the server is closed.
    */
@@ -4765,18 +4390,6 @@ class DatagramSession extends Session<Datagram> {
     return this.#datagram.clientAddress;
   }
 
-  override get bytesRead(): number {
-    return this.#datagram.bytesRead;
-  }
-
-  override get bytesWritten(): number {
-    return this.#datagram.bytesWritten;
-  }
-
-  override get silentOutcome(): undefined {
-    return undefined;
-  }
-
   override open(): Datagram {
     return this.#datagram;
   }
@@ -4785,20 +4398,11 @@ class DatagramSession extends Session<Datagram> {
     if (error !== this.raised || error === undefined) return "error";
     return this.isCut ? undefined : "aborted";
   }
-
-  /** A datagram has no second message to wait for. */
-  override drain(): void {}
-
-  /** A handler that waits for something else cannot be cut off; its reply rejects. */
-  override cut(): void {}
 }
 
 /**
- * A server of datagrams: each is a request of its own, with a handler of its own,
- * served side by side up to `maxConcurrent`. It needs `--unstable-net`. A handler that
- * calls `shutdown()` sends its reply first and does not await the shutdown.
- *
- * @typeParam Address The kind of address that the server has.
+ * A server of datagrams: each is a request with a handler of its own, and up to
+ * `maxConcurrent` are served side by side. It needs `--unstable-net`.
  */
 export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr>
   extends BaseServer<Datagram, Address, [Uint8Array<ArrayBuffer>, Deno.Addr]> {
@@ -4806,22 +4410,15 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr>
   /** Datagrams lie behind each other in it; those before `#slabStart` are their handlers'. */
   #slab: Uint8Array<ArrayBuffer> = NO_BYTES;
   #slabStart = 0;
-  /** What comes now has come after the shutdown had begun. */
-  #isDrained = false;
   #socket: DatagramSocket | undefined;
   readonly #send = (data: Uint8Array, to: Deno.Addr): Promise<number> => {
     return this.#socket?.send(data, to) ?? Promise.reject(new Deno.errors.BadResource("the server is closed"));
   };
 
-  /**
-   * Keeps the options; nothing is opened.
-   *
-   * @param Handler The class whose objects serve the datagrams.
-   * @param options Limits.
-   */
+  /** Keeps the options; nothing is opened. */
   protected constructor(Handler: DatagramRequestHandlerClass, options: DatagramServerOptions) {
     const { maxConcurrent, grace } = resolveOptions(DATAGRAM_SERVER_DEFAULTS, options);
-    super(grace, maxConcurrent);
+    super(grace, maxConcurrent, true);
     this.#Handler = Handler;
   }
 
@@ -4832,7 +4429,7 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr>
 
   /** Does what {@linkcode BaseServer.handleError} says; of clients that cannot be answered it prints one line a second at most. */
   override handleError(error: unknown, clientAddress: Deno.Addr, outcome: ErrorOutcome): void | Promise<void> {
-    if (outcome === "aborted") this.printNotice(messageOf(error));
+    if (outcome === "aborted") notices.print(messageOf(error));
     else return super.handleError(error, clientAddress, outcome);
   }
 
@@ -4866,17 +4463,12 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr>
   /** @internal */
   protected override newSession(
     [data, clientAddress]: [Uint8Array<ArrayBuffer>, Deno.Addr],
-  ): Session<Datagram> | undefined {
-    if (data.length === DATAGRAM_BUFFER_BYTES) return void this.countIncident("lost"); // It may have been cut.
-    if (this.#isDrained || this.isFull) return void this.countIncident("dropped");
+    isBusy: boolean,
+  ): Session<Datagram> | "lost" | "dropped" {
+    if (data.length === DATAGRAM_BUFFER_BYTES) return "lost"; // It may have been cut.
+    if (isBusy) return "dropped";
     this.#slabStart += data.length;
     return new DatagramSession(new Datagram(data, clientAddress, this.#send));
-  }
-
-  /** @internal */
-  protected override async beforeClose(): Promise<void> {
-    this.#isDrained = true;
-    await this.whenIdle(); // Replies go out by the same socket.
   }
 
   /** A datagram has nothing to close. */
@@ -4890,7 +4482,6 @@ export interface UdpServerAddress {
    * `"::"` an answer may leave from another address of this machine than the client has
    * asked, and most clients drop it; the runtime cannot choose. On a machine with several
    * addresses run a server on each.
-   *
    * @default {"127.0.0.1"}
    */
   hostname?: string | undefined;
@@ -4924,15 +4515,7 @@ export interface UdpServerAddress {
 export class UdpServer extends DatagramServer<Deno.NetAddr> {
   readonly #wanted: Resolved<UdpServerAddress>;
 
-  /**
-   * Makes a server; nothing is opened yet.
-   *
-   * @param address Where to listen.
-   * @param Handler The class whose objects serve the datagrams.
-   * @param options Limits.
-   * @throws {RangeError} If a number is out of its range.
-   * @throws {TypeError} If an option does not exist.
-   */
+  /** Makes a server; nothing is opened yet. Throws `RangeError` or `TypeError` for a wrong option. */
   constructor(address: UdpServerAddress, Handler: DatagramRequestHandlerClass, options: DatagramServerOptions = {}) {
     checkServerArguments(address, Handler);
     super(Handler, options);
@@ -4956,46 +4539,16 @@ export class UdpServer extends DatagramServer<Deno.NetAddr> {
 
 /**
  * A server of Unix datagrams: Python's `ThreadingUnixDatagramServer`. It needs
- * `--unstable-net`, and `--allow-read` and `--allow-write` of its path and of its
- * clients' paths. The socket file is treated as {@linkcode UnixServer} treats its own.
+ * `--unstable-net`, and `--allow-read` and `--allow-write` of its path and of its clients'
+ * paths. It treats its socket file as {@linkcode UnixServer} does.
  *
- * A client that wants an answer binds its socket to a path of its own and does not
- * connect it: replies leave by another socket than the bound one. A client that does
- * not read its answers is given up after a second.
- *
- * @example
- * ```ts
- * import { DatagramClient, DatagramRequestHandler, UnixDatagramServer } from "@socketserver/socketserver";
- * import { assertEquals } from "@std/assert";
- *
- * class Echo extends DatagramRequestHandler {
- *   override async handle() {
- *     await this.request.reply(this.request.data);
- *   }
- * }
- *
- * const folder = await Deno.makeTempDir();
- * await using server = new UnixDatagramServer({ path: `${folder}/server.sock` }, Echo);
- * await server.listen();
- * server.serveForever();
- * using client = new DatagramClient({ path: `${folder}/server.sock`, localPath: `${folder}/client.sock` });
- * await client.send("hello");
- * assertEquals(new TextDecoder().decode(await client.recv()), "hello");
- * ```
+ * A client that wants an answer binds its socket to a path and does not connect it, as
+ * replies leave by another socket. A client that reads no answers is given up after a second.
  */
 export class UnixDatagramServer extends DatagramServer<Deno.UnixAddr> {
   readonly #file: SocketFile;
-  #binding: Promise<Deno.UnixAddr> | undefined;
 
-  /**
-   * Makes a server; nothing is opened yet.
-   *
-   * @param address Where to listen.
-   * @param Handler The class whose objects serve the datagrams.
-   * @param options Limits.
-   * @throws {RangeError} If a number is out of its range.
-   * @throws {TypeError} If an option does not exist, or the path is empty.
-   */
+  /** Makes a server; nothing is opened yet. Throws `RangeError` or `TypeError` for a wrong option. */
   constructor(address: UnixServerAddress, Handler: DatagramRequestHandlerClass, options: DatagramServerOptions = {}) {
     checkServerArguments(address, Handler);
     super(Handler, options);
@@ -5004,19 +4557,12 @@ export class UnixDatagramServer extends DatagramServer<Deno.UnixAddr> {
 
   /** Makes the socket file; see {@linkcode UnixServer.listen}. */
   override listen(): Promise<Deno.UnixAddr> {
-    return this.#binding ??= this.#bind();
-  }
-
-  async #bind(): Promise<Deno.UnixAddr> {
     const address = { transport: "unixpacket", path: this.#file.path } as const;
-    try {
+    return this.#file.bindOnce(address, async () => {
       if (this.boundAddress !== undefined) return this.boundAddress;
-      const socket = await this.#file.bind(() => openDatagramSocket(address));
+      const socket = await this.#file.open(() => openDatagramSocket(address));
       return this.adoptSocket(new UnixDatagramSocket(socket, address), address);
-    } catch (error) {
-      this.#binding = undefined;
-      throw unixListenError(error, address);
-    }
+    });
   }
 
   /** Accepts from `listener` and removes the socket file in the end. */
@@ -5034,20 +4580,15 @@ export class UnixDatagramServer extends DatagramServer<Deno.UnixAddr> {
  * own, so that a client that does not read holds up no other.
  */
 class UnixDatagramSocket implements DatagramSocket {
-  readonly addr: Deno.UnixAddr;
-  readonly #socket: DatagramSocket;
   /** The last send to each client that one is under way to. */
   readonly #turns = new Map<string, Promise<void>>();
   /** The paths of clients that a send is stuck on. */
   readonly #deaf = new Set<string>();
 
-  constructor(socket: DatagramSocket, addr: Deno.UnixAddr) {
-    this.#socket = socket;
-    this.addr = addr;
-  }
+  constructor(readonly socket: DatagramSocket, readonly addr: Deno.UnixAddr) {}
 
-  receive(into: Uint8Array<ArrayBuffer>): Promise<[Uint8Array<ArrayBuffer>, Deno.Addr]> {
-    return this.#socket.receive(into);
+  receive(into: Uint8Array<ArrayBuffer>): Promise<Received> {
+    return this.socket.receive(into);
   }
 
   async send(data: Uint8Array, to: Deno.Addr): Promise<number> {
@@ -5084,7 +4625,7 @@ class UnixDatagramSocket implements DatagramSocket {
   }
 
   close(): void {
-    this.#socket.close();
+    this.socket.close();
   }
 }
 
@@ -5098,32 +4639,14 @@ async function sendFromNowhere(data: Uint8Array, to: Deno.Addr): Promise<number>
   }
 }
 
-/** The server of a {@linkcode DatagramClient}. */
+/**
+ * The server of a {@linkcode DatagramClient}: a host (default `"127.0.0.1"`) and port, or
+ * the path of a Unix socket and of the client's own, which is made, and removed at the
+ * end. `timeout`: milliseconds that `recv()` waits, above 0; default `Infinity`.
+ */
 export type DatagramClientOptions =
-  & {
-    /**
-     * Milliseconds that {@linkcode DatagramClient.recv} waits; above 0, `Infinity` for
-     * ever.
-     *
-     * @default {Infinity}
-     */
-    timeout?: number | undefined;
-  }
-  & ({
-    /**
-     * The server's name or address.
-     *
-     * @default {"127.0.0.1"}
-     */
-    hostname?: string | undefined;
-    /** The server's port. */
-    port: number;
-  } | {
-    /** The path of the server's socket. */
-    path: string;
-    /** The path of the client's own socket, which is made, and removed at the end. */
-    localPath: string;
-  });
+  & { timeout?: number | undefined }
+  & ({ hostname?: string | undefined; port: number } | { path: string; localPath: string });
 
 /** A client's open socket, and the server's address as the system knows it. */
 interface OpenClient {
@@ -5157,13 +4680,7 @@ export class DatagramClient implements Disposable {
   #isWaiting = false;
   #isClosed = false;
 
-  /**
-   * Makes a client; nothing is opened yet.
-   *
-   * @param options The server, `{ hostname, port }` or `{ path, localPath }`; and `timeout`.
-   * @throws {RangeError} If a number is out of its range.
-   * @throws {TypeError} If an option does not exist, or a path is empty.
-   */
+  /** Makes a client; nothing is opened yet. Throws `RangeError` or `TypeError` for a wrong option. */
   constructor(options: DatagramClientOptions) {
     const { timeout = Infinity, ...address } = options;
     checkNumber("timeout", timeout);
@@ -5173,12 +4690,9 @@ export class DatagramClient implements Disposable {
   }
 
   /**
-   * Sends a datagram.
-   *
-   * @param data Bytes, or text that is sent as UTF-8; 65,507 bytes at most.
-   * @returns Resolves once the kernel has it; nothing tells whether it arrives. Rejects
-   * with `Deno.errors.NotCapable` if a permission is missing, and with `TypeError`
-   * without `--unstable-net`.
+   * Sends bytes, or text as UTF-8: 65,507 bytes at most. Resolves once the kernel has it;
+   * nothing tells whether it arrives. Rejects with `Deno.errors.NotCapable` without the
+   * permission, and with `TypeError` without `--unstable-net`.
    */
   async send(data: Uint8Array | string): Promise<void> {
     const mistake = checkData("send()", data);
@@ -5194,12 +4708,9 @@ export class DatagramClient implements Disposable {
   }
 
   /**
-   * Receives the next datagram of the server. One call waits at a time.
-   *
-   * @returns Resolves to its bytes, which are the caller's. Rejects with
-   * `Deno.errors.TimedOut` if none came within `timeout`; one that comes later answers
-   * the next call.
-   * @throws {Deno.errors.Busy} If another call waits.
+   * Receives the next datagram of the server; its bytes are the caller's. Rejects with
+   * `Deno.errors.TimedOut` if none came within `timeout`, whereupon a late one answers the
+   * next call, and with `Deno.errors.Busy` if another call waits.
    */
   async recv(): Promise<Uint8Array<ArrayBuffer>> {
     if (this.#isWaiting) throw new Deno.errors.Busy("Cannot recv(): another recv() waits on the same socket");
