@@ -254,6 +254,7 @@ Deno.test("of clients that cannot be answered one line a second is printed, with
   await withClock(async (printed, forward) => {
     const server = new FakeServer(new FakeSocket([]), EchoDatagram);
     const failure = systemError("EHOSTUNREACH", "No route to host");
+    forward(1_001); // Whatever was printed before.
     const refuse = () => server.handleError(new Error(`Cannot reply: ${failure.message}`), CLIENT, "aborted");
     for (let count = 0; count < 4; count++) await refuse();
     assertEquals(printed, ["Cannot reply: No route to host (os error 0)"]);

@@ -24,6 +24,16 @@ interface Setting {
   printed?: RegExp;
 }
 
+/** Copies mod.ts and its extras into `folder`. */
+async function copyLibrary(folder: string): Promise<void> {
+  const project = new URL("../", import.meta.url);
+  await Deno.copyFile(new URL("mod.ts", project), `${folder}/mod.ts`);
+  await Deno.mkdir(`${folder}/extras`);
+  for await (const { name } of Deno.readDir(new URL("extras/", project))) {
+    await Deno.copyFile(new URL(`extras/${name}`, project), `${folder}/extras/${name}`);
+  }
+}
+
 /** Runs it in a folder of its own. */
 async function withProgram(
   name: string,
@@ -34,7 +44,7 @@ async function withProgram(
   const port = freePort();
   const program = (await programOf(name)).replace(/port: \d+/, `port: ${port}`);
   await Deno.writeTextFile(`${folder}/${name}`, program);
-  await Deno.copyFile(new URL("../mod.ts", import.meta.url), `${folder}/mod.ts`);
+  await copyLibrary(folder);
   for (const [file, text] of Object.entries(files)) await Deno.writeTextFile(`${folder}/${file}`, text);
   const args = ["run", "--no-config", "--allow-net=127.0.0.1", ...flags, name];
   const running = Program.start(Deno.execPath(), args, { cwd: folder });
@@ -49,7 +59,7 @@ async function withProgram(
 
 /** Waits for the program to start. */
 function dial(port: number): Promise<SocketStream> {
-  return connect({ port, retries: Infinity, timeout: 20_000 });
+  return connect({ port, retries: Infinity, timeout: 20_000, signal: AbortSignal.timeout(10_000) });
 }
 
 async function runClient(command: string, args: string[], input = ""): Promise<string> {
@@ -68,9 +78,8 @@ programTest("each program of the README has fewer than 30 lines, and the right t
     assert(lines < 30, `${name} has ${lines} lines`);
     await Deno.writeTextFile(`${folder}/${name}`, program);
   }
-  for (const file of ["mod.ts", "deno.json"]) {
-    await Deno.copyFile(new URL(`../${file}`, import.meta.url), `${folder}/${file}`);
-  }
+  await copyLibrary(folder);
+  await Deno.copyFile(new URL("../deno.json", import.meta.url), `${folder}/deno.json`);
   await using check = Program.start(Deno.execPath(), ["check", ...names], { cwd: folder });
   const { code, stderr } = await check.ended();
   await Deno.remove(folder, { recursive: true });

@@ -134,9 +134,9 @@ unixTest("a Unix reply that the end of the server overtakes still settles", asyn
   for (let turns = 0; turns < 12; turns++) {
     let hasSettled = false;
     const settle = () => void (hasSettled = true);
-    const Replying = handlerOf(async (request) => {
+    const Replying = handlerOf(async (request, { signal }) => {
       request.reply("").then(settle, settle);
-      await new Promise(() => {});
+      await new Promise((resolve) => signal.addEventListener("abort", resolve));
     });
     await withServer(new UnixDatagramServer({ path }, Replying), async (server) => {
       await client.send("hello", { transport: "unixpacket", path });
