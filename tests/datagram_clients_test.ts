@@ -126,6 +126,18 @@ for (const [family, address] of [["IPv4", "127.0.0.1"], ["IPv6", "::1"]] as cons
   });
 }
 
+networkTest("a client takes localhost for 127.0.0.1, as servers do, and asks nobody", async () => {
+  await withNames({ localhost: "::1" }, async (asked) => {
+    await withServer(
+      new UdpServer({ hostname: "localhost", port: 0 }, EchoDatagram),
+      async (_server, { port }, dial) => {
+        assertEquals(await ask(dial({ hostname: "localhost", port }), "hello"), "hello");
+      },
+    );
+    assertEquals(asked, []);
+  });
+});
+
 networkTest("a name that cannot be resolved is one sentence, and is asked for again", async () => {
   const names: Record<string, string> = {};
   await withNames(names, async () => {

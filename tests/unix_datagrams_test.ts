@@ -83,6 +83,53 @@ unixTest("Unix replies to one client leave in the order of their calls", async (
   });
 });
 
+unixTest("a Unix reply closes the socket that it leaves by, whether it arrives or not", async (folder) => {
+  const path = `${folder}/server.sock`;
+  const { listenDatagram } = Deno;
+  let open = 0;
+  await withServer(new RecordingUnixServer({ path }, EchoDatagram), async (server, _address, dial) => {
+    const client = dial({ path, localPath: `${folder}/client.sock` });
+    assertEquals(await ask(client, "hello"), "hello");
+    Reflect.set(Deno, "listenDatagram", (options: Deno.UnixListenOptions & { transport: "unixpacket" }) => {
+      const socket = listenDatagram(options);
+      const { close } = socket;
+      open++;
+      return Object.assign(socket, { close: () => void (open--, close.call(socket)) });
+    });
+    try {
+      assertEquals(await ask(client, "hello again"), "hello again");
+      await client.send("and goodbye");
+      client.close();
+      await until(() => server.stats.accepted === 3 && server.stats.active === 0);
+      assertEquals(open, 0);
+    } finally {
+      Reflect.set(Deno, "listenDatagram", listenDatagram);
+    }
+  });
+});
+
+unixTest("close() ends a Unix datagram server now, and a reply behind it rejects and is no error", async (folder) => {
+  const path = `${folder}/server.sock`;
+  const exit = Promise.withResolvers<void>();
+  const failures: unknown[] = [];
+  const Late = handlerOf(async (request) => {
+    await exit.promise;
+    await request.reply("too late").catch((error) => {
+      failures.push(error);
+      throw error;
+    });
+  });
+  await withServer(new RecordingUnixServer({ path }, Late), async (server, _address, dial) => {
+    await dial({ path, localPath: `${folder}/client.sock` }).send("hello");
+    await until(() => server.stats.active === 1);
+    server.close();
+    exit.resolve();
+    await until(() => server.stats.active === 0);
+    assert(failures[0] instanceof Deno.errors.BadResource, String(failures[0]));
+    assertEquals([server.errors, server.stats.errors, server.stats.aborted], [[], 0, 0]);
+  });
+});
+
 unixTest("a Unix client that has left is aborted, and the server goes on", async (folder) => {
   const path = `${folder}/server.sock`;
   const exit = Promise.withResolvers<void>();

@@ -117,6 +117,39 @@ unixTest("UnixServer does not remove the file of its successor in the same proce
   }
 });
 
+unixTest("UnixServer waits with its file until the one that is closing at its path has gone", async (folder) => {
+  const path = `${folder}/a.sock`;
+  const first = new UnixServer({ path }, Echo);
+  await first.listen();
+  const served = first.serveForever();
+  await assertServes(path);
+  await new Promise((resolve) => setTimeout(resolve)); // Now it waits for the next one.
+  first.close();
+  Deno.removeSync(path); // The runtime removes what is there later, once the accept has let go of the socket.
+  await using second = new UnixServer({ path }, Echo);
+  await second.listen();
+  await served;
+  second.serveForever();
+  await assertServes(path);
+});
+
+unixTest("UnixServer that cannot give its file the mode leaves no socket behind", async (folder) => {
+  const path = `${folder}/a.sock`;
+  await using server = new UnixServer({ path, mode: 0o600 }, Echo);
+  const { chmodSync } = Deno;
+  Reflect.set(Deno, "chmodSync", () => {
+    throw new Deno.errors.PermissionDenied("Operation not permitted");
+  });
+  try {
+    await assertRejects(() => server.listen(), Deno.errors.PermissionDenied);
+  } finally {
+    Reflect.set(Deno, "chmodSync", chmodSync);
+  }
+  await server.listen();
+  server.serveForever();
+  await assertServes(path);
+});
+
 unixTest("of two UnixServers that start at once on a path that nobody answers on, one listens", async (folder) => {
   const path = `${folder}/a.sock`;
   leaveStaleSocket(path);
