@@ -62,7 +62,7 @@
 
 // --- Errors -----------------------------------------------------------------
 
-/** The stream ended inside of what was asked for; asyncio's `IncompleteReadError`. */
+/** The stream ended inside of what `readExactly`, `readUntil` or `frames` asked for; asyncio's `IncompleteReadError`. */
 export class IncompleteReadError extends Error {
   /** The bytes that arrived before the end; they are the caller's. */
   readonly partial: Uint8Array<ArrayBuffer>;
@@ -254,8 +254,8 @@ export interface ServerOptions extends StreamOptions {
   /**
    * Connections that are served at the same time, 1 or more; `Infinity` for no limit.
    * Further clients wait in the kernel's backlog. With 1 the server is Python's
-   * `TCPServer`. A connection takes one descriptor: keep it below `ulimit -n`, and lower if
-   * handlers open files or connections of their own.
+   * `TCPServer`. A connection takes one descriptor: keep the limit below `ulimit -n`, and
+   * lower if handlers open files or connections of their own.
    * @default {10_000}
    */
   maxConnections?: number | undefined;
@@ -267,7 +267,8 @@ export interface ServerOptions extends StreamOptions {
   filters?: readonly ConnectionFilter[] | undefined;
   /**
    * Milliseconds that all filters of a connection may take together; above 0, `Infinity`
-   * for ever. Then it is closed and counted in {@linkcode ServerStats.handshakeFailures}.
+   * for ever. After that the connection is closed, `handleError()` runs, and
+   * {@linkcode ServerStats.handshakeFailures} counts it.
    * @default {5_000}
    */
   handshakeTimeout?: number | undefined;
@@ -1596,7 +1597,9 @@ interface PendingRead {
 
 /** A read that waits for more bytes. */
 class WaitingRead<T, Argument> implements PendingRead {
-  readonly #answer = Promise.withResolvers<T>();
+  readonly promise: Promise<T>;
+  readonly #resolve: (answer: T) => void;
+  readonly #reject: (error: unknown) => void;
   seenAt = UNSEEN;
 
   constructor(
@@ -1606,22 +1609,23 @@ class WaitingRead<T, Argument> implements PendingRead {
     readonly timeout: number,
     readonly startsMessage: boolean,
     readonly into: Uint8Array | undefined,
-  ) {}
-
-  get promise(): Promise<T> {
-    return this.#answer.promise;
+  ) {
+    const { promise, resolve, reject } = Promise.withResolvers<T>();
+    this.promise = promise;
+    this.#resolve = resolve;
+    this.#reject = reject;
   }
 
   tryToAnswer(input: Input, limit: number): boolean {
     const answer = this.take(input, this.argument, limit);
     if (answer === MORE) return false;
-    this.#answer.resolve(answer);
+    this.#resolve(answer);
     return true;
   }
 
   reject(error: unknown): void {
     forgettable(this.promise);
-    this.#answer.reject(error);
+    this.#reject(error);
   }
 }
 
@@ -1630,6 +1634,8 @@ class Watch {
   readonly openedAt = performance.now();
   readonly traffic = new Standstill();
   readonly output = new Standstill();
+  /** The shortest time that the deadline timer keeps for the stream. */
+  shortest = Infinity;
 }
 
 /**
@@ -1637,6 +1643,9 @@ class Watch {
  * buffered, if its `timeout` is longer.
  */
 const CLOSE_STALL_MS = 30_000;
+
+/** The message of a call on a stream that this program has closed. */
+const STREAM_IS_CLOSED = "The stream is closed";
 
 /** How a request ends by an error: the client vanished or ran into a deadline, or something else was thrown. */
 export type ErrorOutcome = "error" | "aborted" | "timedOut" | "handshakeFailed";
@@ -1656,9 +1665,8 @@ class Transport implements Watched {
   session: { readonly signal: AbortSignal } | undefined;
   readonly #settings: StreamSettings;
   readonly #input = new Input();
-  #timeout: number;
-  /** The shortest time that the deadline timer keeps for us. */
-  #watchedFor = Infinity;
+  /** Set if it differs from the settings': a number of its own costs an idle connection 16 bytes. */
+  #timeout: number | undefined;
   #watch: Watch | undefined;
   #pending: PendingRead | undefined;
   /** Whether a `conn.read()` is under way. It cannot be cancelled, so it may outlive its reader. */
@@ -1679,13 +1687,12 @@ class Transport implements Watched {
     this.conn = conn;
     this.#settings = settings;
     this.output = new Output(conn);
-    this.#timeout = settings.timeout;
     turnstile.streams++;
     this.#watchFor(Math.min(settings.idleTimeout, settings.maxLifetime));
   }
 
   get timeout(): number {
-    return this.#timeout;
+    return this.#timeout ?? this.#settings.timeout;
   }
   set timeout(ms: number) {
     this.#timeout = ms;
@@ -1737,7 +1744,7 @@ class Transport implements Watched {
       return rejection(this.#noteRaised(error));
     }
     if (this.#failure !== undefined) return rejection(this.#noteRaised(this.#failure));
-    const waiting = new WaitingRead(call, take, argument, this.#timeout, startsMessage, into);
+    const waiting = new WaitingRead(call, take, argument, this.timeout, startsMessage, into);
     this.#wait(waiting);
     return waiting.promise;
   }
@@ -1922,7 +1929,7 @@ class Transport implements Watched {
     if (this.#isClosed) return this.#lingering;
     if (this.output.isIdle) return void this.cut();
     this.#shut();
-    this.timeout = Math.min(this.#timeout, CLOSE_STALL_MS);
+    this.timeout = Math.min(this.timeout, CLOSE_STALL_MS);
     return this.#lingering = this.output.finish().catch(ignore).then(() => this.cut());
   }
 
@@ -1953,22 +1960,20 @@ class Transport implements Watched {
 
   /** Made when it is asked for: an error costs as much as a message. */
   #closedError(): Error {
-    const failure = this.#failure instanceof Error
-      ? this.#failure
-      : new Deno.errors.BadResource("The stream is closed");
+    const failure = this.#failure instanceof Error ? this.#failure : new Deno.errors.BadResource(STREAM_IS_CLOSED);
     this.#noteRaised(this.#failure = failure);
     return failure;
   }
 
   /** Makes sure that a read or a write that begins is watched. */
   #keepTimeout(): void {
-    if (this.#timeout < this.#watchedFor) this.#watchFor(this.#timeout);
+    if (this.timeout < (this.#watch?.shortest ?? Infinity)) this.#watchFor(this.timeout);
   }
 
   #watchFor(ms: number): void {
     if (ms === Infinity) return;
     this.#watch ??= new Watch();
-    this.#watchedFor = Math.min(this.#watchedFor, ms);
+    this.#watch.shortest = Math.min(this.#watch.shortest, ms);
     deadlines.watch(this, ms);
   }
 
@@ -1980,12 +1985,12 @@ class Transport implements Watched {
       const rest = watch.traffic.lasts(now, this.bytesRead + this.output.sent);
       if (rest >= idleTimeout) this.#expire(`moved no byte for the idleTimeout of ${idleTimeout} ms`);
     }
-    if (watch.output.lasts(now, this.output.sent, this.output.isIdle) >= this.#timeout) {
+    if (watch.output.lasts(now, this.output.sent, this.output.isIdle) >= this.timeout) {
       const peer = formatAddress(this.conn.remoteAddr);
-      this.#expire(`was closed because ${peer} took no byte for the timeout of ${this.#timeout} ms`);
+      this.#expire(`was closed because ${peer} took no byte for the timeout of ${this.timeout} ms`);
     }
     this.#expireRead(now);
-    return this.#watchedFor = this.#shortestTime();
+    return watch.shortest = this.#shortestTime();
   }
 
   #expireRead(now: number): void {
@@ -2001,7 +2006,7 @@ class Transport implements Watched {
   }
 
   #shortestTime(): number {
-    const output = this.output.isIdle ? Infinity : this.#timeout;
+    const output = this.output.isIdle ? Infinity : this.timeout;
     if (this.#isClosed) return output;
     return Math.min(this.#settings.idleTimeout, this.#settings.maxLifetime, output, this.#pending?.timeout ?? Infinity);
   }
@@ -2024,13 +2029,13 @@ let transportOf: (stream: SocketStream) => Transport;
  * Calls reject with the connection's own error (`Deno.errors.ConnectionReset`,
  * `Deno.errors.BrokenPipe`) when the peer is gone, with `Deno.errors.TimedOut` when a
  * deadline has passed, with `Deno.errors.BadResource` after `close()`, and with
- * `RangeError` or `TypeError` for a wrong argument. No call is lost by that: unread
- * bytes answer the next read. A promise may be forgotten; its error meets the next call.
+ * `RangeError` or `TypeError` for a wrong argument. No byte is lost: unread bytes answer
+ * the next read. A promise may be forgotten; its error meets the next call.
  *
  * Read: `recv`, `read`, `readExactly`, `readUntil`, `readLine`, `lines`, `frames`,
  * `peek`, `for await`. Write: `write`, `flush`, `send`, `writeFrame`, `closeWrite`.
  * Look: `localAddress`, `remoteAddress`, `bytesRead`, `bytesWritten`,
- * `bytesBuffered`. Turn: `upgrade`.
+ * `bytesBuffered`, `under`. Set: `timeout`. Turn: `upgrade`.
  *
  * @example
  * ```ts
@@ -2274,7 +2279,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   /**
    * Goes on over another connection that `filter` makes of this one, in the middle of a
    * conversation: STARTTLS. Written data is sent first. Received bytes must be read
-   * before, as anybody could have put them there in plain text.
+   * before, because an attacker could have inserted them.
    *
    * @param filter Makes the connection, such as `tls()` of the extra.
    * @param options `handshakeTimeout`: milliseconds that it may take; above 0, `Infinity`
@@ -2374,7 +2379,7 @@ function encodeFrameLength(length: number, { lengthBytes, littleEndian }: FrameF
 
 // --- Filters ----------------------------------------------------------------
 
-/** What a {@linkcode ConnectionFilter} may use. */
+/** The context of a {@linkcode ConnectionFilter}: its deadline, its host, and the end of the connection. */
 export interface FilterContext {
   /**
    * Aborts when the `handshakeTimeout` is over, the server cuts the connection, or
@@ -2798,7 +2803,7 @@ function signalOf(request: unknown): AbortSignal | undefined {
  * @typeParam Server The server that made the handler.
  */
 export abstract class BaseRequestHandler<Request, Server extends { readonly signal: AbortSignal }> {
-  /** What is served. */
+  /** The stream or datagram to serve. */
   readonly request: Request;
   /** The client's address. */
   readonly clientAddress: Deno.Addr;
@@ -2852,24 +2857,14 @@ export abstract class StreamRequestHandler extends BaseRequestHandler<SocketStre
 export abstract class DatagramRequestHandler extends BaseRequestHandler<Datagram, DatagramServer> {}
 
 /** The class of the handlers of a {@linkcode StreamServer}. */
-export interface StreamRequestHandlerClass {
-  /** Makes the handler of one connection. */
-  new (
-    request: SocketStream,
-    clientAddress: Deno.Addr,
-    server: StreamServer,
-  ): BaseRequestHandler<SocketStream, StreamServer>;
-}
+export type StreamRequestHandlerClass = new (
+  ...args: [request: SocketStream, clientAddress: Deno.Addr, server: StreamServer]
+) => BaseRequestHandler<SocketStream, StreamServer>;
 
 /** The class of the handlers of a {@linkcode DatagramServer}. */
-export interface DatagramRequestHandlerClass {
-  /** Makes the handler of one datagram. */
-  new (
-    request: Datagram,
-    clientAddress: Deno.Addr,
-    server: DatagramServer,
-  ): BaseRequestHandler<Datagram, DatagramServer>;
-}
+export type DatagramRequestHandlerClass = new (
+  ...args: [request: Datagram, clientAddress: Deno.Addr, server: DatagramServer]
+) => BaseRequestHandler<Datagram, DatagramServer>;
 
 type HandlerCalls = Pick<StreamRequestHandler, "setup" | "handle" | "finish">;
 
@@ -3004,14 +2999,12 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
     return arrived;
   }
 
-  async next(): Promise<IteratorResult<Arrival, void>> {
-    await this.arrival();
-    const value = this.take();
-    return value === undefined ? { done: true, value: undefined } : { done: false, value };
-  }
-
   [Symbol.asyncIterator](): AsyncIterator<Arrival, void> {
-    return { next: () => this.next() };
+    const takeNext = (): IteratorResult<Arrival, void> => {
+      const value = this.take();
+      return value === undefined ? { done: true, value: undefined } : { done: false, value };
+    };
+    return { next: () => this.arrival().then(takeNext) };
   }
 
   /** Resolves when the kernel has nothing more to give: it cannot be asked, only watched. */
@@ -3047,16 +3040,16 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
 
   #accept(): Promise<void> {
     if (this.#isOver) return DONE;
-    return this.listener.accept().then((arrival) => this.#receive(arrival), (error) => this.#rideOut(error));
+    return this.listener.accept().then(this.#receive, this.#rideOut);
   }
 
-  #receive(arrival: Arrival): void {
+  readonly #receive = (arrival: Arrival): void => {
     this.#arrived = arrival;
     this.#overloadWait = 0;
     this.#count++;
-  }
+  };
 
-  async #rideOut(error: unknown): Promise<void> {
+  readonly #rideOut = async (error: unknown): Promise<void> => {
     switch (acceptFailure(error)) {
       case "closed":
         this.#isOver = true;
@@ -3074,7 +3067,7 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
         return;
     }
     await this.#accept();
-  }
+  };
 
   #waitOut(): Promise<void> {
     const { signal } = this.#stopping;
@@ -3391,7 +3384,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     throw new TypeError("Cannot tell the address: the server does not listen yet, call listen()");
   }
 
-  /** Aborts when the server begins to shut down, after the backlog was served. A handler has its own, as `this.signal`. */
+  /** Aborts when the server shuts down, behind the backlog or after 500 ms of it. A handler has its own, as `this.signal`. */
   get signal(): AbortSignal {
     return this.#controller.signal;
   }
@@ -3508,7 +3501,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     await this.shutdown();
   }
 
-  /** Decides, before a handler exists, whether a request is served; nothing was read of it. Default: `true`. */
+  /** Decides whether a request is served, before a handler exists and before anything is read. Default: `true`. */
   verifyRequest(_request: Request, _clientAddress: Deno.Addr): boolean | Promise<boolean> {
     return true;
   }
@@ -3535,22 +3528,22 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    */
   handleError(error: unknown, clientAddress: Deno.Addr, outcome: ErrorOutcome): void | Promise<void> {
     const client = formatAddress(clientAddress);
-    // The stack tells where a handler went wrong, and nothing about a client that sends too much.
-    const detail = error instanceof LimitOverrunError ? messageOf(error) : error;
-    if (outcome === "error") printError(`Error while serving ${client}:`, detail);
+    // The stack tells where a handler went wrong, and nothing about a client that sent too much or was closed.
+    const isPlain = error instanceof LimitOverrunError || messageOf(error) === STREAM_IS_CLOSED;
+    if (outcome === "error") printError(`Error while serving ${client}:`, isPlain ? messageOf(error) : error);
     if (outcome === "handshakeFailed") notices.print(`Handshake with ${client} failed: ${messageOf(error)}`);
   }
 
   /** Runs when `handleRequest()` has waited for its `timeout`. */
   handleTimeout(): void {}
 
-  /** Runs every 500 ms while `serveForever()` accepts, if it is overridden: for chores. */
+  /** Override it for chores: runs every 500 ms while `serveForever()` accepts. */
   serviceActions(): void | Promise<void> {}
 
   /**
-   * Runs when the system has run out of descriptors or memory, once until nothing was short
-   * for 5 s; clients wait in the backlog meanwhile. The default prints one line. Do not
-   * read the error's `stack`, which opens a file.
+   * Runs when descriptors or memory have run out, once per shortage; 5 s without one end
+   * it. Clients wait in the backlog meanwhile. The default prints one line. Do not read the
+   * error's `stack`, which opens a file.
    */
   handleOverload(error: unknown): void | Promise<void> {
     const where = this.#address === undefined ? "" : ` on ${formatAddress(this.#address)}`;
@@ -3923,7 +3916,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
    */
   handleClose(_report: ConnectionReport, _clientAddress: Deno.Addr): void | Promise<void> {}
 
-  /** Runs for each connection that a filter refused; no other hook does. Nothing waits for its promise. */
+  /** Runs for each connection that a filter refused. No other hook runs for it, and nothing waits for its promise. */
   handleRefuse(_clientAddress: Deno.Addr): void | Promise<void> {}
 
   /** Makes the handler and runs its `setup()`, `handle()` and `finish()`. */
@@ -3939,10 +3932,10 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
   /** @internal */
   protected override newSession(conn: StreamConn): Session<SocketStream> {
     if (this.#settings.noDelay) disableNagle(conn);
-    return new StreamSession(conn, this.#settings, (conn) => this.#tryToGetRequest(conn));
+    return new StreamSession(conn, this.#settings, this.#tryToGetRequest);
   }
 
-  #tryToGetRequest(conn: StreamConn): SocketStream {
+  readonly #tryToGetRequest = (conn: StreamConn): SocketStream => {
     try {
       return this.getRequest(conn);
     } catch (error) {
@@ -3951,7 +3944,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
     } finally {
       this.#made = undefined;
     }
-  }
+  };
 
   /** @internal */
   protected override noteOpen({ request, clientAddress }: Session<SocketStream>): void {
@@ -4073,7 +4066,7 @@ export interface UnixServerAddress {
   path: string;
   /**
    * The permissions of the socket file, from 0 to `0o777`: programs that may write to it
-   * may connect. From its making to the change it has those that the umask gives.
+   * may connect. Until it is set, the umask applies.
    * @default What the umask leaves of 0o777.
    */
   mode?: number | undefined;
@@ -4225,7 +4218,7 @@ class FileListener<Arrival> implements Listener<Arrival> {
 /**
  * A server for programs of the same machine: Python's `ThreadingUnixStreamServer`.
  *
- * A socket file that a dead server has left is replaced. One that is answered, or any
+ * A socket file that a dead server has left is replaced. A live server's socket, or any
  * other file, is `Deno.errors.AddrInUse`. The file is removed when the server stops.
  * If it is another server's by then, it stays, as long as the program may write to the
  * folder; else it goes, too, and a sentence says so.
@@ -4261,7 +4254,7 @@ export class UnixServer extends StreamServer<Deno.UnixAddr> {
     this.#file = new SocketFile(address);
   }
 
-  /** Makes the socket file and lets clients connect; see {@linkcode BaseServer.listen}. It resolves, as another server may have to be dialled first. */
+  /** Makes the socket file and lets clients connect; see {@linkcode BaseServer.listen}. Asynchronous, because it first dials a server that may be there. */
   override listen(): Promise<Deno.UnixAddr> {
     const address = { transport: "unix", path: this.#file.path } as const;
     return this.#file.bindOnce(address, async () => {
@@ -4490,8 +4483,8 @@ export interface UdpServerAddress {
 }
 
 /**
- * A UDP server: Python's `ThreadingUDPServer`, and with `maxConcurrent: 1` its
- * `UDPServer`, but that drops what comes while it is busy. It needs `--unstable-net`.
+ * A UDP server: Python's `ThreadingUDPServer`. With `maxConcurrent: 1` it is its
+ * `UDPServer`, but drops datagrams that come while it is busy. It needs `--unstable-net`.
  *
  * @example
  * ```ts
@@ -4709,8 +4702,8 @@ export class DatagramClient implements Disposable {
 
   /**
    * Receives the next datagram of the server; its bytes are the caller's. Rejects with
-   * `Deno.errors.TimedOut` if none came within `timeout`, whereupon a late one answers the
-   * next call, and with `Deno.errors.Busy` if another call waits.
+   * `Deno.errors.TimedOut` if none came within `timeout`, and with `Deno.errors.Busy` if
+   * another call waits. A datagram that comes later answers the next call.
    */
   async recv(): Promise<Uint8Array<ArrayBuffer>> {
     if (this.#isWaiting) throw new Deno.errors.Busy("Cannot recv(): another recv() waits on the same socket");
