@@ -8,11 +8,11 @@
  */
 
 import { assertEquals } from "../../deps.ts";
-import { freePort, Peer, Program, programTestIn } from "../programs.ts";
+import { Program } from "../programs.ts";
 import { programTest } from "../testing.ts";
 import { DATAGRAMS } from "./model/datagrams.ts";
 import { ENDINGS } from "./model/endings.ts";
-import { Model, PATIENCE_MS, Play } from "./model/play.ts";
+import { Model, Play } from "./model/play.ts";
 import { isDatagram, KINDS } from "./model/scenario.ts";
 import { SERVING } from "./model/serving.ts";
 import { STREAMS } from "./model/streams.ts";
@@ -65,37 +65,4 @@ for (const kind of KINDS) {
       await Deno.remove(folder, { recursive: true });
     }
   });
-}
-
-programTestIn("the two programs of the migration guide do the same", async (folder) => {
-  const root = new URL("../../", import.meta.url);
-  const readme = await Deno.readTextFile(new URL("README.md", root));
-  const [, guide = ""] = readme.split("## Coming from Python's socketserver");
-  const answers = [];
-  for (
-    const [language, command, args] of [["py", "python3", []], ["ts", Deno.execPath(), ["run", "--allow-net"]]] as const
-  ) {
-    const [, program = ""] = guide.match(new RegExp(`\`\`\`${language}[^\\n]*\\n([^]*?)\`\`\``)) ?? [];
-    const port = freePort();
-    const file = `${folder}/server.${language}`;
-    await Deno.writeTextFile(file, program.replace("8010", String(port)).replace("./mod.ts", `${root}mod.ts`));
-    await using _server = Program.start(command, [...args, file]);
-    using client = await dialUntilAnswered(port);
-    await client.send("one\r\ntwo\n\nlast");
-    await client.closeWrite();
-    answers.push(new TextDecoder().decode(await client.receiveAll()));
-  }
-  assertEquals(answers, ["ONE\nTWO\n\nLAST\n", "ONE\nTWO\n\nLAST\n"]);
-});
-
-/** The programs say nothing when they listen. */
-async function dialUntilAnswered(port: number): Promise<Peer> {
-  for (const deadline = performance.now() + PATIENCE_MS;;) {
-    try {
-      return await Peer.connect(port);
-    } catch (error) {
-      if (!(error instanceof Deno.errors.ConnectionRefused) || performance.now() > deadline) throw error;
-      await new Promise((resolve) => setTimeout(resolve, 5));
-    }
-  }
 }

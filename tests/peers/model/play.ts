@@ -10,7 +10,7 @@ import { startPython } from "../python.ts";
 import type { Kind, Scenario, Side, Step } from "./scenario.ts";
 
 /** Long enough for a busy machine; no step that succeeds waits for it. */
-export const PATIENCE_MS = 10_000;
+const PATIENCE_MS = 10_000;
 
 /** How long a call that is expected to go on is watched. */
 const LOOK_MS = 100;
