@@ -2,7 +2,7 @@
 
 import { assert, assertEquals } from "../../deps.ts";
 import { startHaproxy } from "./balancers.ts";
-import { Load } from "../load.ts";
+import { Load } from "../faults/load.ts";
 import { peerTest, Service } from "../programs.ts";
 import { runningFile } from "./running_files.ts";
 import { scaled } from "../testing.ts";

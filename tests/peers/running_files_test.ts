@@ -5,7 +5,7 @@
 
 import { assert, assertEquals, assertMatch } from "../../deps.ts";
 import { startHaproxy } from "./balancers.ts";
-import { Load } from "../load.ts";
+import { Load } from "../faults/load.ts";
 import { freePort, type Outcome, Peer, peerTest, Program, Service } from "../programs.ts";
 import { runningFile } from "./running_files.ts";
 

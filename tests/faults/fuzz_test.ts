@@ -6,10 +6,10 @@
  * @module
  */
 
-import { type FrameOptions, IncompleteReadError, LimitOverrunError, socketPair, SocketStream } from "../mod.ts";
-import { assert, assertEquals } from "../deps.ts";
-import { assertSameBytes, bytesOf, concat, FakeConn, randomNumbers, turnEnd } from "./fake_conn.ts";
-import { rejectionOf, scaled } from "./testing.ts";
+import { type FrameOptions, IncompleteReadError, LimitOverrunError, socketPair, SocketStream } from "../../mod.ts";
+import { assert, assertEquals } from "../../deps.ts";
+import { assertSameBytes, bytesOf, concat, FakeConn, randomNumbers, turnEnd } from "../fake_conn.ts";
+import { rejectionOf, scaled } from "../testing.ts";
 
 /** Pieces in which each way to read gets its bytes; all ways together: 1,000,000 under `deno task soak`. */
 const CUTS_OF_EACH = scaled(2_000, 60_000);

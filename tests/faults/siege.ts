@@ -4,10 +4,10 @@
  * @module
  */
 
-import { assert, assertEquals } from "../deps.ts";
-import { connect, type ServerOptions, type ServerStats, type SocketStream } from "../mod.ts";
-import { bytesOf, textOf } from "./fake_conn.ts";
-import { Program, startPython } from "./programs.ts";
+import { assert, assertEquals } from "../../deps.ts";
+import { connect, type ServerOptions, type ServerStats, type SocketStream } from "../../mod.ts";
+import { bytesOf, textOf } from "../fake_conn.ts";
+import { Program } from "../programs.ts";
 
 /** What a process may grow by, in bytes. The runtime keeps some of what it once had; what is buffered for nobody would take more. */
 export const MEMORY_SLACK = 100e6;
@@ -31,7 +31,9 @@ export interface Remains extends Holdings {
 const HOLDINGS =
   `ls /proc/$0/fd | wc -l; grep VmRSS /proc/$0/status; cut -d ' ' -f 14,15 /proc/$0/stat; getconf CLK_TCK`;
 
-/** The server of fault_server.ts, and the peers of python/peers.py. */
+const here = (file: string) => new URL(file, import.meta.url).pathname;
+
+/** The server of storm_server.ts, and the peers of attackers.py. */
 export class Siege implements AsyncDisposable {
   readonly server: Program;
   #peers: Program | undefined;
@@ -40,7 +42,7 @@ export class Siege implements AsyncDisposable {
   #orders = 0;
 
   constructor(options: ServerOptions, descriptors?: number) {
-    const script = new URL("fault_server.ts", import.meta.url).pathname;
+    const script = here("storm_server.ts");
     const limit = descriptors === undefined ? "" : `ulimit -n ${descriptors}; `;
     const run = `${limit}exec "$0" run --no-config --no-prompt --v8-flags=--expose-gc --allow-net=127.0.0.1 "$1" "$2"`;
     this.server = Program.start("sh", ["-c", run, Deno.execPath(), script, JSON.stringify(options)]);
@@ -52,7 +54,7 @@ export class Siege implements AsyncDisposable {
 
   /** Lets the peers do something; resolves to what they say when it is done. */
   async order(what: string, count: number): Promise<string> {
-    this.#peers ??= startPython("peers.py", [String(await this.port())]);
+    this.#peers ??= Program.start("python3", [here("attackers.py"), String(await this.port())]);
     await this.#peers.write(`${what} ${count}\n`);
     const answers = new RegExp(`^(?:done .*\\n){${this.#orders++}}done (.*)\\n`);
     return (await this.#peers.printed(answers))[1] ?? "";

@@ -1,9 +1,9 @@
 /** A new process takes the port over while the old one drains, with no balancer in front. */
 
-import { assert, assertEquals } from "../deps.ts";
+import { assert, assertEquals } from "../../deps.ts";
 import type { LoadReport } from "./load.ts";
-import { Program } from "./programs.ts";
-import { programTest, scaled } from "./testing.ts";
+import { Program } from "../programs.ts";
+import { programTest, scaled } from "../testing.ts";
 
 const HANDOVERS = scaled(3, 100);
 

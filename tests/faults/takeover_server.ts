@@ -5,7 +5,7 @@
  * @module
  */
 
-import { StreamRequestHandler, TcpServer } from "../mod.ts";
+import { StreamRequestHandler, TcpServer } from "../../mod.ts";
 
 class Answers extends StreamRequestHandler {
   override async handle() {

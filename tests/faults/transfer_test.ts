@@ -1,8 +1,8 @@
-import { connect, socketPair, type SocketStream, TcpServer, UnixServer } from "../mod.ts";
+import { connect, socketPair, type SocketStream, TcpServer, UnixServer } from "../../mod.ts";
 import { createHash } from "node:crypto";
-import { assert, assertEquals } from "../deps.ts";
-import { randomNumbers } from "./fake_conn.ts";
-import { Echo, networkTest, unixTest } from "./testing.ts";
+import { assert, assertEquals } from "../../deps.ts";
+import { randomNumbers } from "../fake_conn.ts";
+import { Echo, networkTest, unixTest } from "../testing.ts";
 
 const TRANSFER_BYTES = 100_000_000;
 
@@ -37,7 +37,7 @@ Deno.test({
   fn: async () => {
     const [stream, request] = socketPair();
     const server = new TcpServer({ port: 0 }, Echo);
-    const served = server.finishRequest(request, request.remoteAddress).then(() => request.close());
+    const served = Promise.try(() => server.finishRequest(request, request.remoteAddress)).then(() => request.close());
     await assertEchoes(stream);
     await served;
     stream.close();

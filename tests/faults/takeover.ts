@@ -4,16 +4,16 @@
  * can be started in a network of its own:
  *
  * ```sh
- * deno run --unstable-net --allow-net --allow-run --allow-read --allow-env tests/takeover.ts 20 30 10
+ * deno run --unstable-net --allow-net --allow-run --allow-read --allow-env tests/faults/takeover.ts 20 30 10
  * ```
  *
  * @module
  */
 
-import { assertEquals } from "../deps.ts";
+import { assertEquals } from "../../deps.ts";
 import { Load } from "./load.ts";
-import { Program } from "./programs.ts";
-import { until } from "./testing.ts";
+import { Program } from "../programs.ts";
+import { until } from "../testing.ts";
 
 /** Exchanges between two handovers. */
 const EXCHANGES = 100;

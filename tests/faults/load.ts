@@ -5,7 +5,7 @@
  * @module
  */
 
-import { connect, IncompleteReadError, type SocketStream } from "../mod.ts";
+import { connect, IncompleteReadError, type SocketStream } from "../../mod.ts";
 
 /** Nobody who is served waits that long. */
 const TIMEOUT_MS = 20_000;

@@ -1,27 +1,23 @@
 /**
- * Our side of python_model_test.ts: the programs of python/model_server.py on
- * mod.ts. Commands come as lines of JSON; each call of a hook, and each command
- * that returns, prints one, under Python's names.
+ * Our side of python_model_test.ts: the programs of server.py on mod.ts. Commands come
+ * as lines of JSON; each call of a hook, and each command that returns, prints one,
+ * under Python's names.
  *
  * @module
  */
 
-import { Buffer } from "node:buffer";
 import {
   type Datagram,
-  DatagramRequestHandler,
-  type DatagramRequestHandlerClass,
-  IncompleteReadError,
-  LimitOverrunError,
   type ShutdownReport,
   type SocketStream,
-  StreamRequestHandler,
-  type StreamRequestHandlerClass,
+  type StreamConn,
   TcpServer,
   UdpServer,
   UnixDatagramServer,
   UnixServer,
-} from "../mod.ts";
+} from "../../../mod.ts";
+import { DATAGRAM_HANDLERS, DatagramEcho, Echo, HANDLERS } from "./handlers.ts";
+import { nameOf, Recorder } from "./recorder.ts";
 
 /** One line of the test's. */
 interface Command {
@@ -33,17 +29,6 @@ interface Command {
   readonly handler: string;
   readonly quirk: string;
   readonly timeout: number;
-}
-
-/** What both sides call an error. */
-function nameOf(error: unknown): string {
-  if (error instanceof LimitOverrunError || error instanceof IncompleteReadError) return error.name;
-  if (error instanceof Deno.errors.ConnectionReset || error instanceof Deno.errors.BrokenPipe) {
-    return "the peer is gone";
-  }
-  if (error instanceof Deno.errors.TimedOut) return "timed out";
-  if (error instanceof Deno.errors.AddrInUse) return "EADDRINUSE";
-  return error instanceof Error ? error.message : String(error);
 }
 
 /** Resolves to whether `condition` came to hold. */
@@ -60,391 +45,6 @@ async function openWhenIdle(): Promise<number> {
   await new Promise((resolve) => setTimeout(resolve));
   return openDescriptors();
 }
-
-/** What the servers of all kinds do alike: tell each call, and follow the scenario's quirk. */
-class Recorder {
-  readonly number: number;
-  readonly quirk: string;
-  readonly aside: SocketStream[] = [];
-  /** To see which of them are still in memory. */
-  handlers: WeakRef<object>[] = [];
-  isDropping = false;
-  descriptors = 0;
-  #count = 0;
-  #services = 0;
-  #hasBound = false;
-  /** By request and, as `handleError()` has nothing else, by the client's address, which is one object for one request. */
-  readonly #numbers = new WeakMap<object, number>();
-
-  constructor(number: number, quirk: string) {
-    this.number = number;
-    this.quirk = quirk;
-  }
-
-  say(event: string, connection = 0, more: Record<string, string | number> = {}): void {
-    console.log(JSON.stringify({ server: this.number, connection, event, ...more }));
-  }
-
-  tell(event: string, request: object, more: Record<string, string | number> = {}): void {
-    this.say(event, this.#numbers.get(request) ?? 0, more);
-  }
-
-  /** The first `listen()` binds. */
-  bind(): void {
-    if (!this.#hasBound) this.say("server_bind");
-    this.#hasBound = true;
-  }
-
-  tellServer(event: string): void {
-    if (!this.isDropping) this.say(event);
-  }
-
-  getRequest(request: object, address: Deno.Addr): void {
-    this.#numbers.set(request, ++this.#count).set(address, this.#count);
-    this.tell("get_request", address, { peer: "port" in address ? address.port : 0 });
-    if (this.quirk === "get_request throws") throw new TypeError("get_request fails");
-  }
-
-  verifyRequest(request: object): boolean {
-    this.tell("verify_request", request);
-    if (this.quirk === "verify_request throws") throw new TypeError("verify_request fails");
-    return this.quirk !== "verify_request says no";
-  }
-
-  /** Whether to go on. */
-  processRequest(request: object): boolean {
-    this.tell("process_request", request);
-    if (this.quirk === "process_request throws") throw new TypeError("process_request fails");
-    return this.quirk !== "process_request puts aside";
-  }
-
-  handleError(error: unknown, address: Deno.Addr): void {
-    this.tell("handle_error", address, { detail: nameOf(error) });
-    if (this.quirk === "handle_error throws") throw new TypeError("handle_error fails");
-  }
-
-  serviceActions(): void {
-    if (!this.quirk.startsWith("service_actions")) return;
-    this.#services++;
-    if (this.#services === 1) this.say("service_actions");
-    if (this.quirk === "service_actions throws") throw new TypeError("service_actions fails");
-  }
-
-  async closeRequest(request: object, close: () => Promise<void> | undefined): Promise<void> {
-    this.tell("shutdown_request", request);
-    await close();
-    this.tell("close_request", request);
-  }
-}
-
-// --- Handlers
-
-abstract class Handler extends StreamRequestHandler {
-  declare readonly server: ModelTcpServer | ModelUnixServer;
-
-  override async setup() {
-    this.server.recorder.tell("setup", this.request);
-    this.server.recorder.handlers.push(new WeakRef(this));
-    await this.prepare();
-  }
-
-  override async handle() {
-    this.server.recorder.tell("handle", this.request);
-    await this.serve();
-  }
-
-  override async finish() {
-    this.server.recorder.tell("finish", this.request);
-    await this.putAway();
-  }
-
-  prepare(): void {}
-  serve(): void | Promise<void> {}
-  putAway(): void | Promise<void> {}
-}
-
-class Echo extends Handler {
-  override async serve() {
-    for await (const data of this.request) await this.request.send(data);
-  }
-}
-
-class UpperLines extends Handler {
-  override async serve() {
-    for await (const line of this.request.lines()) await this.request.write(line.toUpperCase() + "\n");
-  }
-}
-
-class RawLines extends Handler {
-  override async serve() {
-    for (let line; (line = await this.request.readUntil("\n")) !== null;) await this.request.write(line);
-  }
-}
-
-class Greet extends Handler {
-  override async serve() {
-    await this.request.write("hello\n");
-    for await (const _ of this.request);
-  }
-}
-
-class GreetAndGo extends Handler {
-  override async serve() {
-    await this.request.write("hello\n");
-  }
-}
-
-class GreetBuffered extends Handler {
-  override serve() {
-    this.request.write("hel");
-    this.request.write("lo\n");
-  }
-}
-
-class FourBytes extends Handler {
-  override async serve() {
-    for (;;) {
-      await this.request.write(await this.request.readExactly(4));
-      await this.request.write("\n");
-    }
-  }
-}
-
-class CountToTheEnd extends Handler {
-  override async serve() {
-    let count = 0;
-    for await (const data of this.request) count += data.length;
-    await this.request.write(`${count} bytes\n`);
-  }
-}
-
-class AskTwice extends Handler {
-  override async serve() {
-    await this.request.write("your ");
-    await this.request.write("name? ");
-    const name = await this.request.readLine();
-    await this.request.write(`hello ${name}\n`);
-  }
-}
-
-class SetupAndFinish extends Handler {
-  #name = "";
-
-  override prepare() {
-    this.#name = "prepared";
-  }
-
-  override async serve() {
-    await this.request.write(`${this.#name}\n`);
-  }
-
-  override async putAway() {
-    await this.request.write("put away\n");
-  }
-}
-
-class ThrowsInSetup extends Handler {
-  override prepare() {
-    throw new TypeError("setup fails");
-  }
-}
-
-class ThrowsInHandle extends Handler {
-  override async serve() {
-    await this.request.write("so far\n");
-    throw new TypeError("handle fails");
-  }
-}
-
-class ThrowsInFinish extends Handler {
-  override putAway() {
-    throw new TypeError("finish fails");
-  }
-}
-
-class ThrowsInBoth extends Handler {
-  override serve() {
-    throw new TypeError("handle fails");
-  }
-
-  override putAway() {
-    throw new TypeError("finish fails");
-  }
-}
-
-class Exits extends Handler {
-  override serve() {
-    throw new Error("exit");
-  }
-}
-
-class ClosesItself extends Handler {
-  override async serve() {
-    await this.request.write("bye\n");
-    this.request.close();
-  }
-}
-
-class ReadsPastTheEnd extends Handler {
-  override async serve() {
-    for await (const _ of this.request);
-    await this.request.write(`again: ${(await this.request.recv())?.length ?? 0}\n`);
-  }
-}
-
-class Impatient extends Handler {
-  override prepare() {
-    this.request.timeout = 20;
-  }
-
-  override async serve() {
-    await this.request.readLine();
-  }
-}
-
-class Big extends Handler {
-  override async serve() {
-    await this.request.write("x".repeat(4_194_304));
-  }
-}
-
-class Flood extends Handler {
-  override async serve() {
-    await this.request.write("hello\n");
-    await this.request.readLine();
-    for (;;) await this.request.write("x".repeat(65_536));
-  }
-}
-
-class TellsAddress extends Handler {
-  override async serve() {
-    const line = await this.request.readLine();
-    const address = this.clientAddress;
-    const isSame = address.transport !== "tcp" || line === `${address.hostname}:${address.port}`;
-    await this.request.write(isSame ? "yes\n" : "no\n");
-  }
-}
-
-class EveryType extends Handler {
-  override async serve() {
-    const bytes = new TextEncoder().encode("ab\n");
-    const types: [string, Uint8Array | string][] = [
-      ["bytes", bytes],
-      ["bytearray", Buffer.from(bytes)],
-      ["slice", new TextEncoder().encode("..ab\n").subarray(2)],
-      ["empty", new Uint8Array()],
-      ["read-only", new Uint8Array(new Uint8Array(bytes).buffer)],
-      ["text", "ab\n"],
-    ];
-    for (const [name, data] of types) {
-      await this.request.write(`${name}: `);
-      await this.request.write(data);
-    }
-    // TypeScript refuses these, JavaScript does not.
-    for (const [name, data] of [["16-bit numbers", Uint16Array.of(0x6261, 0x0a63)], ["number", 7]]) {
-      await this.request.write(`${name}: `);
-      try {
-        await Reflect.apply(this.request.write, this.request, [data]);
-      } catch (error) {
-        await this.request.write(`${error instanceof Error ? error.name : error}\n`);
-      }
-    }
-  }
-}
-
-class ShutsDown extends Handler {
-  override async serve() {
-    await this.request.readLine();
-    await this.server.shutdown();
-    await this.request.write("returned\n");
-  }
-}
-
-const HANDLERS: Record<string, StreamRequestHandlerClass> = {
-  "echo": Echo,
-  "upper lines": UpperLines,
-  "raw lines": RawLines,
-  "greet": Greet,
-  "greet and go": GreetAndGo,
-  "greet buffered": GreetBuffered,
-  "four bytes": FourBytes,
-  "count to the end": CountToTheEnd,
-  "ask twice": AskTwice,
-  "setup and finish": SetupAndFinish,
-  "throws in setup": ThrowsInSetup,
-  "throws in handle": ThrowsInHandle,
-  "throws in finish": ThrowsInFinish,
-  "throws in both": ThrowsInBoth,
-  "exits": Exits,
-  "closes itself": ClosesItself,
-  "reads past the end": ReadsPastTheEnd,
-  "impatient": Impatient,
-  "big": Big,
-  "flood": Flood,
-  "tells address": TellsAddress,
-  "every type": EveryType,
-  "shuts down": ShutsDown,
-};
-
-// --- Datagram handlers
-
-abstract class DatagramHandler extends DatagramRequestHandler {
-  declare readonly server: ModelUdpServer | ModelUnixDatagramServer;
-
-  override setup() {
-    this.server.recorder.tell("setup", this.request);
-  }
-
-  override async handle() {
-    this.server.recorder.tell("handle", this.request);
-    await this.serve();
-  }
-
-  override finish() {
-    this.server.recorder.tell("finish", this.request);
-  }
-
-  abstract serve(): void | Promise<void>;
-}
-
-class DatagramEcho extends DatagramHandler {
-  override async serve() {
-    await this.request.reply(this.request.data);
-  }
-}
-
-class DatagramUpper extends DatagramHandler {
-  override async serve() {
-    await this.request.reply(new TextDecoder().decode(this.request.data).toUpperCase());
-  }
-}
-
-class DatagramThrows extends DatagramHandler {
-  override serve() {
-    throw new TypeError("handle fails");
-  }
-}
-
-class DatagramLength extends DatagramHandler {
-  override async serve() {
-    await this.request.reply(`${this.request.data.length} bytes`);
-  }
-}
-
-class DatagramSecret extends DatagramHandler {
-  override async serve() {
-    const text = new TextDecoder().decode(this.request.data);
-    if (text !== "be quiet") await this.request.reply(text);
-  }
-}
-
-const DATAGRAM_HANDLERS: Record<string, DatagramRequestHandlerClass> = {
-  "echo": DatagramEcho,
-  "upper": DatagramUpper,
-  "throws in handle": DatagramThrows,
-  "length": DatagramLength,
-  "secret": DatagramSecret,
-};
 
 // --- Servers
 
@@ -471,7 +71,7 @@ class ModelTcpServer extends TcpServer {
     return super.shutdown(options);
   }
 
-  override getRequest(conn: Deno.Conn) {
+  override getRequest(conn: StreamConn) {
     const request = super.getRequest(conn);
     this.recorder.getRequest(request, request.remoteAddress);
     return request;
@@ -531,7 +131,7 @@ class ModelUnixServer extends UnixServer {
     return super.shutdown(options);
   }
 
-  override getRequest(conn: Deno.Conn) {
+  override getRequest(conn: StreamConn) {
     const request = super.getRequest(conn);
     this.recorder.getRequest(request, request.remoteAddress);
     return request;

@@ -6,7 +6,7 @@
  * @module
  */
 
-import { LimitOverrunError, type ServerOptions, StreamRequestHandler, TcpServer } from "../mod.ts";
+import { LimitOverrunError, type ServerOptions, StreamRequestHandler, TcpServer } from "../../mod.ts";
 
 const GIGABYTE = 1_000_000_000;
 

@@ -1,4 +1,4 @@
-import { plot, type Series } from "./bench/plot.ts";
+import { plot, type Series } from "./plot.ts";
 import {
   formatBytes,
   formatCount,
@@ -14,11 +14,11 @@ import {
   parseReport,
   ratio,
   reached,
-} from "./bench/statistics.ts";
-import { formatTable, goalTable, growthTable, peerTable } from "./bench/table.ts";
-import { allWorks, rivals } from "./bench/works.ts";
-import { assert, assertEquals, assertMatch, assertThrows } from "../deps.ts";
-import { rejectionOf } from "./testing.ts";
+} from "./statistics.ts";
+import { formatTable, goalTable, growthTable, peerTable } from "./table.ts";
+import { allWorks, rivals } from "./works.ts";
+import { assert, assertEquals, assertMatch, assertThrows } from "../../deps.ts";
+import { rejectionOf } from "../testing.ts";
 
 const HELD_TO_BARE: Goal = { figure: "rate", target: 0.95, against: "bare loop", by: "ratio" };
 

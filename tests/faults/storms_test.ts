@@ -3,10 +3,10 @@
  * clients that mean it no good. `deno task soak` causes them by the thousand.
  */
 
-import { assert, assertEquals, assertMatch } from "../deps.ts";
-import { connect, type SocketStream } from "../mod.ts";
+import { assert, assertEquals, assertMatch } from "../../deps.ts";
+import { connect, type SocketStream } from "../../mod.ts";
 import { MEMORY_SLACK, ping, Siege } from "./siege.ts";
-import { programTest, scaled } from "./testing.ts";
+import { programTest, scaled } from "../testing.ts";
 
 const RESETS_OF_EACH = scaled(100, 3_400);
 const DRIPPING = scaled(200, 5_000);

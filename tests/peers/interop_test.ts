@@ -1,18 +1,18 @@
 /** server.ts and client.ts with the programs that the world has: the tutorial's own, nc, socat. */
 
-import { assert, assertEquals, assertMatch } from "../deps.ts";
+import { assert, assertEquals, assertMatch } from "../../deps.ts";
 import {
   portOf,
   Program,
   programTestIn,
   runScript,
-  startPython,
   startScript,
   startServer,
   startUnixServer,
   unixPermissions,
-} from "./programs.ts";
-import { programTest, rejectionOf } from "./testing.ts";
+} from "../programs.ts";
+import { startPython } from "./python.ts";
+import { programTest, rejectionOf } from "../testing.ts";
 
 const STAMP = String.raw`[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4}`;
 
