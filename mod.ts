@@ -107,7 +107,8 @@ export class LimitOverrunError extends Error {
 /** The same class and `code` as `error`, under another message. */
 function restate(error: unknown, message: string): Error {
   const code = errorCode(error);
-  const Kind = error instanceof Error ? error.constructor : Error;
+  // The runtime asks a new connection for its peer, which a reset has taken away by then.
+  const Kind = code === "ENOTCONN" ? Deno.errors.ConnectionReset : error instanceof Error ? error.constructor : Error;
   const restated: Error = Reflect.construct(Kind, [message, { cause: error }]);
   return code === "" ? restated : Object.assign(restated, { code });
 }
@@ -596,6 +597,7 @@ const ADVICE: Record<string, string> = {
   EACCES: "choose another address (ports below 1024 are reserved)",
   ECONNREFUSED: "start the server or check the address",
   ENOENT: "start the server or check the path",
+  ENOTCONN: "the server has reset the connection at once",
 };
 
 /** Linux: `sun_path` of unix(7) has 108 bytes, the last one is 0. */
@@ -612,7 +614,8 @@ function explain(error: unknown, address: Deno.Addr): string {
     } bytes; a Unix socket's path has at most ${MAX_PATH_BYTES}`;
   }
   const words = systemWords(error);
-  if (words.startsWith("failed to lookup address")) return `the name cannot be resolved (${words}); check its spelling`;
+  const isUnresolved = words.startsWith("failed to lookup address") || errorCode(error) === "ENOTFOUND";
+  if (isUnresolved) return `the name cannot be resolved (${words}); check its spelling`;
   const advice = ADVICE[errorCode(error)];
   return advice === undefined ? words : `${words}; ${advice}`;
 }
@@ -691,6 +694,7 @@ function withAddresses(conn: Deno.TlsConn, { localAddr, remoteAddr }: StreamConn
   return {
     localAddr,
     remoteAddr,
+    under: conn,
     read: (into) => conn.read(into),
     write: (data) => conn.write(data),
     closeWrite: () => conn.closeWrite(),
@@ -1197,18 +1201,17 @@ function takePeek(input: Input, count: number): Bytes | typeof MORE {
 }
 
 function takeUntil(input: Input, delimiters: readonly Uint8Array[], limit: number): Bytes | null | typeof MORE {
-  let [at, length, longest] = [-1, 0, 1];
+  let [at, end, longest] = [-1, Infinity, 1];
   for (const delimiter of delimiters) {
     const index = input.indexOf(delimiter, input.searched);
-    const isBetter = at < 0 || index < at || (index === at && delimiter.length > length);
-    if (index >= 0 && isBetter) [at, length] = [index, delimiter.length];
+    if (index >= 0 && index + delimiter.length < end) [at, end] = [index, index + delimiter.length];
     longest = Math.max(longest, delimiter.length);
   }
   // The end of the input may cut a delimiter in two.
   input.searched = Math.max(0, input.length - longest + 1);
   const content = at < 0 ? input.searched : at;
   if (content > limit) throw limitOverrun("record", limit, content);
-  if (at >= 0) return input.take(at + length);
+  if (at >= 0) return input.take(end);
   if (!input.ended) return MORE;
   if (input.length === 0) return null;
   throw new IncompleteReadError(input.take(input.length), null);
@@ -1353,7 +1356,8 @@ class Output {
 
   /** Gathers `data`; resolves at once unless more than `highWaterMark` bytes wait. */
   write(data: Uint8Array | string, highWaterMark: number): Promise<void> {
-    if (this.#refuses) return this.#refuse("write()");
+    const refusal = this.refusal("write()");
+    if (refusal !== undefined) return rejection(refusal);
     if (typeof data === "string") {
       const characters = this.#text.length + data.length;
       const most = this.#taken - this.#sent + characters * MAX_UTF8_BYTES;
@@ -1371,7 +1375,8 @@ class Output {
 
   /** Sends `data` behind all that came before; resolves once the kernel has it. */
   send(data: Uint8Array | string): Promise<void> {
-    if (this.#refuses) return this.#refuse("send()");
+    const refusal = this.refusal("send()");
+    if (refusal !== undefined) return rejection(refusal);
     const bytes = bytesOf(data);
     if (!this.isIdle || bytes.length === 0) return this.#enqueue(bytes);
     this.#taken += bytes.length;
@@ -1384,7 +1389,8 @@ class Output {
   }
 
   closeWrite(): Promise<void> {
-    if (this.failure !== undefined || this.#isHeld) return this.#refuse("closeWrite()");
+    const refusal = this.#ending === undefined ? this.refusal("closeWrite()") : this.failure;
+    if (refusal !== undefined) return rejection(refusal);
     return this.#ending ??= forgettable(this.#end());
   }
 
@@ -1406,7 +1412,6 @@ class Output {
 
   /** Sends all and refuses more until `goOn()`. */
   hold(): Promise<void> {
-    if (this.#refuses) return this.#refuse("upgrade()");
     this.#isHeld = true;
     return this.flush();
   }
@@ -1445,14 +1450,12 @@ class Output {
     this.#waiters = undefined;
   }
 
-  get #refuses(): boolean {
-    return this.failure !== undefined || this.#ending !== undefined || this.#isHeld;
-  }
-
-  #refuse(call: string): Promise<never> {
-    if (this.failure !== undefined) return rejection(this.failure);
-    if (this.#isHeld) return rejection(new Deno.errors.Busy(`Cannot ${call}: upgrade() is under way`));
-    return rejection(new Deno.errors.BrokenPipe(`Cannot ${call}: closeWrite() has ended this side of the stream`));
+  /** The reason why `call` cannot write, if there is one. */
+  refusal(call: string): Error | undefined {
+    if (this.failure !== undefined) return this.failure;
+    if (this.#isHeld) return new Deno.errors.Busy(`Cannot ${call}: upgrade() is under way`);
+    if (this.#ending === undefined) return undefined;
+    return new Deno.errors.BrokenPipe(`Cannot ${call}: closeWrite() has ended this side of the stream`);
   }
 
   /** Puts the text into the block, behind the bytes that came before it. */
@@ -1711,6 +1714,7 @@ class Transport implements Watched {
     return this.#timeout ?? this.#settings.timeout;
   }
   set timeout(ms: number) {
+    if (this.#isClosed) return;
     this.#timeout = ms;
     this.#watch?.output.forget();
     if (!this.output.isIdle) this.#watchFor(ms);
@@ -1733,7 +1737,8 @@ class Transport implements Watched {
 
   /** Calls `release` once it is closed. */
   onEnd(release: () => void): void {
-    (this.#releases ??= []).push(release);
+    if (this.#isClosed) release();
+    else (this.#releases ??= []).push(release);
   }
 
   recv(maxBytes: number): Promise<Bytes | null> {
@@ -1898,9 +1903,16 @@ class Transport implements Watched {
     };
     this.#watchFor(timeout);
     try {
-      await this.output.hold();
+      await unlessAborted(this.output.hold(), controller.signal);
+      const filtered = { conn: this.conn };
       const context = { signal: controller.signal, onEnd: (release: () => void) => this.onEnd(release) };
-      this.#goOn(await unlessAborted(Promise.try(() => filter(this.conn, context)), controller.signal));
+      const passed = Promise.try(() => runFilters([filter], filtered, context));
+      if (!await unlessAborted(passed, controller.signal)) {
+        throw new Deno.errors.ConnectionAborted("Cannot upgrade(): the filter has refused the connection");
+      }
+      this.#pending = undefined;
+      this.conn = filtered.conn;
+      this.output.goOn(filtered.conn);
     } catch (error) {
       this.#pending = undefined;
       this.cut(error instanceof Error ? error : undefined);
@@ -1910,7 +1922,10 @@ class Transport implements Watched {
 
   #checkUpgradable(): void {
     const { length } = this.#input;
-    if (this.#isClosed || this.#failure !== undefined) throw this.#closedError();
+    const refusal = this.#isClosed || this.#failure !== undefined
+      ? this.#closedError()
+      : this.output.refusal("upgrade()");
+    if (refusal !== undefined) throw refusal;
     if (this.#input.ended) {
       throw new Deno.errors.BrokenPipe("Cannot upgrade(): the peer has ended its side of the stream");
     }
@@ -1921,16 +1936,6 @@ class Transport implements Watched {
     }
     if (length === 0) return;
     throw new Deno.errors.Busy(`Cannot upgrade(): ${length} received bytes are unread; read them, or close`);
-  }
-
-  #goOn(conn: StreamConn | null): void {
-    if (conn === null) {
-      throw new Deno.errors.ConnectionAborted("Cannot upgrade(): the filter has refused the connection");
-    }
-    if (this.#isClosed) closeQuietly(conn); // It was closed in the same moment.
-    this.#pending = undefined;
-    this.conn = conn;
-    this.output.goOn(conn);
   }
 
   /** Ends reads that wait for a new message; those of clients that have not spoken, or wait for an answer, if it `isLate`. */
@@ -1949,8 +1954,8 @@ class Transport implements Watched {
   close(): Promise<void> | undefined {
     if (this.#isClosed) return this.#lingering;
     if (this.output.isIdle) return void this.cut();
-    this.#shut();
     this.timeout = Math.min(this.timeout, CLOSE_STALL_MS);
+    this.#shut();
     return this.#lingering = this.output.finish().catch(ignore).then(() => this.cut());
   }
 
@@ -2167,7 +2172,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
   /**
    * Reads a record up to and with its delimiter: bytes, or text as UTF-8, not empty. Of
-   * several delimiters the first in the stream counts, at the same place the longest.
+   * several delimiters the one that ends first counts, as in asyncio's `readuntil`.
    * Resolves to `null` if the stream ends between two records. Rejects with
    * {@linkcode IncompleteReadError} if it ends inside one, and with
    * {@linkcode LimitOverrunError} if `limit` bytes hold no delimiter.
@@ -2311,8 +2316,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * as it was; with the filter's error if that fails, and closes the stream.
    */
   async upgrade(filter: ConnectionFilter, options: { handshakeTimeout?: number | undefined } = {}): Promise<void> {
-    const { handshakeTimeout = SERVER_DEFAULTS.handshakeTimeout } = options;
-    checkNumber("handshakeTimeout", handshakeTimeout);
+    const { handshakeTimeout } = resolveOptions({ handshakeTimeout: SERVER_DEFAULTS.handshakeTimeout }, options);
     await this.#transport.upgrade(filter, handshakeTimeout);
   }
 
@@ -2461,7 +2465,8 @@ function runFilters(
     if (next === null) return false;
     if ("then" in next) {
       return next.then((conn) => {
-        if (conn === null) return false;
+        if (conn !== null && context.signal.aborted) closeQuietly(conn); // It comes too late.
+        if (conn === null || context.signal.aborted) return false;
         filtered.conn = conn;
         return runFilters(filters.slice(index + 1), filtered, context);
       });
@@ -3129,6 +3134,7 @@ abstract class Session<Request extends Traffic> {
   request: Request | undefined;
   #controller: AbortController | undefined;
   #releases: (() => void)[] | undefined;
+  #isOver = false;
 
   /** Its arrival, in the time of `performance.now()`. */
   constructor(readonly since: number) {}
@@ -3170,10 +3176,12 @@ abstract class Session<Request extends Traffic> {
   }
 
   onEnd(release: () => void): void {
-    (this.#releases ??= []).push(release);
+    if (this.#isOver) release();
+    else (this.#releases ??= []).push(release);
   }
 
   release(): void {
+    this.#isOver = true;
     for (const release of this.#releases?.splice(0) ?? []) release();
   }
 }
@@ -3631,6 +3639,11 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     return this.#sessions.length >= this.#maxSessions;
   }
 
+  /** Clients wait in the backlog; datagrams that are too many are received, dropped and counted. */
+  get #mustWait(): boolean {
+    return this.#isFull && !this.#repliesByListener && this.#phase !== "closed";
+  }
+
   get #isClosing(): boolean {
     return this.#phase === "draining" || this.#phase === "closed";
   }
@@ -3664,7 +3677,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   async #serveArrivals(): Promise<void> {
     for await (const arrival of this.#acceptor ?? []) {
       this.#serve(arrival);
-      if (this.#isFull) await this.#until(() => !this.#isFull || this.#phase === "closed");
+      if (this.#mustWait) await this.#until(() => !this.#mustWait);
     }
   }
 
@@ -3701,9 +3714,10 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     if (request === null || session.isCut) return;
     session.request = request;
     this.noteOpen(session);
+    if (session.isCut) return; // A hook has closed the server.
     const verified = this.verifyRequest(request, session.clientAddress);
-    if (verified === true) return this.processRequest(request, session.clientAddress);
-    return this.#processIfVerified(verified, request, session);
+    if (verified !== true) return this.#processIfVerified(verified, request, session);
+    if (!session.isCut) return this.processRequest(request, session.clientAddress);
   }
 
   async #processIfVerified(
@@ -4695,6 +4709,7 @@ export class DatagramClient implements Disposable {
   readonly #timeout: number;
   readonly #buffer = new Uint8Array(DATAGRAM_BUFFER_BYTES);
   #opening: Promise<OpenClient> | undefined;
+  #opened: OpenClient | undefined;
   /** A receive cannot be cancelled, so it may outlive the call that began it. */
   #receiving: Promise<Received> | undefined;
   #isWaiting = false;
@@ -4771,8 +4786,9 @@ export class DatagramClient implements Disposable {
     const local = localAddressFor(server, this.#localPath);
     try {
       const socket = openDatagramSocket(local);
-      if (this.#isClosed) socket.close();
-      return { socket, server, file: "path" in local ? fileAt(this.#localPath) : undefined };
+      this.#opened = { socket, server, file: "path" in local ? fileAt(this.#localPath) : undefined };
+      if (this.#isClosed) this.#release();
+      return this.#opened;
     } catch (error) {
       throw openingError("open a socket on", local, error);
     }
@@ -4782,11 +4798,13 @@ export class DatagramClient implements Disposable {
   close(): void {
     if (this.#isClosed) return;
     this.#isClosed = true;
-    this.#receiving?.catch(ignore);
-    this.#opening?.then(({ socket, file }) => {
-      closeQuietly(socket);
-      if (isSameFile(fileAt(this.#localPath), file)) Deno.removeSync(this.#localPath);
-    }, ignore);
+    this.#release();
+  }
+
+  #release(): void {
+    if (this.#opened === undefined) return; // Nothing is open, or will be closed when it is.
+    closeQuietly(this.#opened.socket);
+    if (isSameFile(fileAt(this.#localPath), this.#opened.file)) Deno.removeSync(this.#localPath);
   }
 
   /** Closes the socket. */
