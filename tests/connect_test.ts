@@ -53,7 +53,10 @@ Deno.test("connect() reports a connection that was reset before the runtime coul
     Object.assign(Deno, { connect: rejected });
     const error = await rejectionOf(connect({ port: 8009 }));
     assert(error instanceof Deno.errors.ConnectionReset);
-    assertMatch(error.message, /^Cannot connect to 127\.0\.0\.1:8009: transport .*; the server has reset the connection at once$/);
+    assertMatch(
+      error.message,
+      /^Cannot connect to 127\.0\.0\.1:8009: transport .*; the server has reset the connection at once$/,
+    );
   } finally {
     Object.assign(Deno, { connect: dial });
   }
