@@ -1,732 +1,280 @@
 #!/usr/bin/env -S deno run --allow-net=127.0.0.1:8009
-/**
- * The tutorial's client: it sends what is typed and prints what comes back.
- *
- * ```sh
- * deno run --allow-net client.ts --help
- * ```
- *
- * @module
- */
+// The tutorial's client: it sends what is typed, a line at a time, and prints what comes back.
 
-import {
-  clearScreenDown,
-  createInterface,
-  cursorTo,
-  delay,
-  moveCursor,
-  parseFlagsAndMessages,
-  readFileOf,
-  runScript,
-  stdin,
-  stdout,
-  UsageError,
-  wholeNumber,
-} from "./deps.ts";
-import { connect, DatagramClient, formatAddress, IncompleteReadError, printable, SocketStream } from "./mod.ts";
+import { type FlagTable, readFile, runScript, UsageError, wholeNumber } from "./deps.ts";
+import { connect, DatagramClient, IncompleteReadError, printable, SocketStream } from "./mod.ts";
 
-const USAGE = `Sends what is typed, a line at a time, and prints what comes back.
+// --- The conversation ------------------------------------------------------------
 
-Usage: deno run --allow-net client.ts [options] [MESSAGE...]
+type Lines = AsyncIterable<string | Uint8Array> | string[];
+type Print = (data: Uint8Array) => unknown;
 
-  --hostname HOST   the server's name or address (127.0.0.1)
-  --port PORT       the server's port (8009)
-  --unix PATH       connect to a Unix socket instead; this needs
-                    --allow-read=PATH --allow-write=PATH too
-  --udp             send each line as one datagram, without its line end; this
-                    needs --unstable-net too. With --unix it makes a socket
-                    beside PATH for the answers
-  --tls             encrypt with TLS; the server's certificate is checked
-  --ca FILE         trust the authority whose certificate is in FILE, instead
-                    of those that are well known; this needs --allow-read=FILE
-  --server-name NAME  the name that the certificate must have (the hostname)
-  --cert FILE       show the server the certificate in FILE; --key FILE is its
-                    private key. This needs --allow-read of both
-  --timeout MS      how long to wait for the connection and for an answer;
-                    Infinity waits for ever (10000)
-  --retries N       try so often again when the connection fails (0)
-  --reconnect       when the server leaves, wait until it is back: 250 ms, then
-                    twice as long each time, up to 5 s
-  --hex             what is sent is written as bytes in hexadecimal, such as
-                    68 65 6c 6c 6f 0a, and what comes is printed as such: its
-                    place in all that has come, bytes, text
-  --timing          say on standard error (on a terminal, below the answer) how
-                    long each answer took
-  --keep-open       an empty line asks again, instead of ending
-  --no-newline      send lines without their line end
-  --help            print this and end
-  --version         print the version and end
-
-On a terminal an empty line, Ctrl-C or Ctrl-D ends it. The arrows bring back the
-lines of this session, Tab completes from them, and Ctrl-L clears the screen.
-Piped input is sent line by line, each answered before the next; then what is
-still coming is printed. With MESSAGEs, these are the lines.
-
-What the server sends is printed byte by byte as it is, but not to a terminal,
-which would obey it: there control characters are written as \\x1b.
-
-No line is sent twice. With --reconnect, what is typed while the server is away
-is not sent, and is said not to be; of piped lines those that had no answer are
-named, the others wait, and the exit code is 1.`;
-
-const VERSION = "0.1.0";
-
-const FLAGS = {
-  hostname: { type: "string", default: "127.0.0.1" },
-  port: { type: "string" }, // 8009, if there is no --unix.
-  unix: { type: "string" },
-  udp: { type: "boolean", default: false },
-  tls: { type: "boolean", default: false },
-  ca: { type: "string" },
-  "server-name": { type: "string" },
-  cert: { type: "string" },
-  key: { type: "string" },
-  timeout: { type: "string", default: "10000" },
-  retries: { type: "string", default: "0" },
-  reconnect: { type: "boolean", default: false },
-  hex: { type: "boolean", default: false },
-  timing: { type: "boolean", default: false },
-  "keep-open": { type: "boolean", default: false },
-  "no-newline": { type: "boolean", default: false },
-  help: { type: "boolean", default: false },
-  version: { type: "boolean", default: false },
-} as const;
-
-/** The flags that mean nothing without a connection. */
-const FOR_CONNECTIONS = ["tls", "reconnect"] as const;
-
-/** The flags that mean nothing without TLS. */
-const FOR_TLS = ["ca", "server-name", "cert", "key"] as const;
-
-/** What the flags ask for; `null` if they only asked to be told something. */
-function readFlags(args: string[]) {
-  const { values: flags, positionals } = parseFlagsAndMessages(args, FLAGS);
-  if (flags.help || flags.version) {
-    console.log(flags.help ? USAGE : `client.ts ${VERSION}`);
-    return null;
-  }
-  const { udp, hex } = flags;
-  const target = readTarget(flags);
-  const timeout = wholeNumber("--timeout", flags.timeout, 1);
-  const retries = wholeNumber("--retries", flags.retries, 0);
-  const senseless = retries > 0 ? "retries" : FOR_CONNECTIONS.find((name) => flags[name]);
-  if (udp && senseless !== undefined) throw new UsageError(`--${senseless} is for connections, and --udp has none`);
-  const lineEnd = udp || hex || flags["no-newline"] ? "" : "\n";
-  return {
-    udp,
-    hex,
-    lineEnd,
-    messages: positionals.map((text) => readMessage(text, { hex, lineEnd })),
-    target,
-    timeout,
-    retries,
-    reconnect: flags.reconnect,
-    timing: flags.timing,
-    keepOpen: flags["keep-open"],
-    tls: readTrust(flags),
-  };
-}
-
-type Flags = ReturnType<typeof parseFlagsAndMessages<typeof FLAGS>>["values"];
-
-type Settings = NonNullable<ReturnType<typeof readFlags>>;
-
-function readTarget({ hostname, unix, port }: Flags) {
-  if (hostname === "") throw new UsageError("--hostname must not be empty: name the server, or leave the flag out");
-  if (/\/|^[^:]*:[^:]*$|\]:/.test(hostname)) {
-    throw new UsageError(`--hostname takes a name or an address only; the port goes to --port: it is "${hostname}"`);
-  }
-  if (unix === "") throw new UsageError("--unix must not be empty: name the server's socket, or leave the flag out");
-  if (unix !== undefined && port !== undefined) throw new UsageError("choose one of --port and --unix");
-  return unix === undefined ? { hostname, port: wholeNumber("--port", port ?? "8009", 1, 65_535) } : { path: unix };
-}
-
-/** Whom to trust, and whom to be; `false` without TLS. */
-function readTrust(flags: Flags) {
-  const { tls, ca, "server-name": serverName, cert, key } = flags;
-  const senseless = FOR_TLS.find((name) => flags[name] !== undefined);
-  if (!tls && senseless !== undefined) throw new UsageError(`--${senseless} is for --tls; give that too`);
-  if ((cert === undefined) !== (key === undefined)) throw new UsageError("--cert and --key must be given together");
-  if (serverName === "") throw new UsageError("--server-name must not be empty: name whom the certificate must be for");
-  return tls && {
-    ...(ca === undefined ? {} : { caCerts: [readFileOf("--ca", ca)] }),
-    ...(serverName === undefined ? {} : { serverName }),
-    ...(cert === undefined ? {} : { cert: readFileOf("--cert", cert) }),
-    ...(key === undefined ? {} : { key: readFileOf("--key", key) }),
-  };
-}
-
-function readMessage(text: string, how: Encoding): Uint8Array {
+/** Sends lines, and prints what the server says at any time. Without a `prompt` each line waits for an answer to the last. */
+async function converse(server: Server, lines: Lines, print: Print, prompt?: Prompt): Promise<void> {
+  const hearing = server.hear(print);
+  hearing.then(() => prompt?.close("The server has left.\n"), () => prompt?.close());
   try {
-    return encode(text, how);
-  } catch (error) {
-    throw error instanceof SyntaxError ? new UsageError(error.message) : error;
-  }
-}
-
-// --- What is sent -------------------------------------------------------------
-
-/** A line to be sent. */
-interface Line {
-  readonly data: Uint8Array;
-  /** It was the last one, and its line end is missing: a server of lines waits for ours. */
-  readonly isUnfinished: boolean;
-}
-
-/** How text becomes bytes. */
-interface Encoding {
-  readonly hex: boolean;
-  readonly lineEnd: string;
-}
-
-const encoder = new TextEncoder();
-
-/** The bytes that `text` stands for; throws `SyntaxError`. */
-function encode(text: string, { hex, lineEnd }: Encoding): Uint8Array {
-  return hex ? bytesInHex(text) : encoder.encode(text + lineEnd);
-}
-
-function bytesInHex(text: string): Uint8Array {
-  const words = text.split(/\s+/).filter((word) => word !== "");
-  const wrong = words.find((word) => !/^([0-9a-f]{2})+$/i.test(word));
-  if (wrong !== undefined) {
-    const shown = printable(wrong.length > 20 ? `${wrong.slice(0, 20)}…` : wrong);
-    throw new SyntaxError(`"${shown}" is not in hexadecimal; write two digits for each byte, such as 68 65 6c 6c 6f`);
-  }
-  return Uint8Array.from(words.join("").match(/../g) ?? [], (digits) => parseInt(digits, 16));
-}
-
-/** Standard input as a stream, for its way of reading lines as bytes. */
-function standardInput(): SocketStream {
-  const nowhere: Deno.Addr = { transport: "unix", path: "" };
-  return new SocketStream({
-    localAddr: nowhere,
-    remoteAddr: nowhere,
-    read: (into) => Deno.stdin.read(into),
-    write: () => Promise.reject(new TypeError("Standard input is not for writing")),
-    closeWrite: () => Promise.resolve(),
-    close: () => {},
-  }, { limit: Infinity });
-}
-
-/** The lines that are piped in, byte by byte as they are; throws a sentence at one that cannot be read. */
-async function* pipedLines(settings: Settings): AsyncGenerator<Line> {
-  const input = standardInput();
-  for (let number = 1;; number++) {
-    const line = await readPiped(input);
-    if (line === null) return;
-    yield settings.hex ? { data: readPipedHex(line.data, number), isUnfinished: false } : {
-      data: settings.lineEnd === "" && !line.isUnfinished ? line.data.subarray(0, -1) : line.data,
-      isUnfinished: line.isUnfinished,
-    };
-  }
-}
-
-async function readPiped(input: SocketStream): Promise<Line | null> {
-  try {
-    const data = await input.readUntil("\n");
-    return data && { data, isUnfinished: false };
-  } catch (error) {
-    if (!(error instanceof IncompleteReadError)) throw error;
-    return { data: error.partial, isUnfinished: true };
-  }
-}
-
-/** To go on behind a line that is left out would be to say something else, so this ends it. */
-function readPipedHex(line: Uint8Array, number: number): Uint8Array {
-  try {
-    return bytesInHex(new TextDecoder().decode(line));
-  } catch (error) {
-    if (!(error instanceof SyntaxError)) throw error;
-    throw new Error(`line ${number} and what follows is not sent: ${error.message}`);
-  }
-}
-
-// --- What comes ---------------------------------------------------------------
-
-/** How what comes is printed. */
-type View = (data: Uint8Array) => Uint8Array;
-
-function makeView({ hex, udp }: Settings): View {
-  if (hex) return hexView(udp);
-  return Deno.stdout.isTerminal() ? safeView(udp) : (data) => data;
-}
-
-/** Text that a terminal can be given: it would obey what a server sends. */
-function safeView(udp: boolean): View {
-  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-  return (data) => {
-    // A character may come in two pieces, but not in two datagrams.
-    const text = decoder.decode(data, { stream: !udp }).replaceAll("\r\n", "\n");
-    // An empty datagram is an answer, too.
-    return encoder.encode(udp && text === "" ? "\n" : text.replace(/[^\n\t]+/g, printable));
-  };
-}
-
-const BYTES_PER_ROW = 16;
-
-/** Rows as `hexdump -C` prints them. Places count from the connection's beginning, or from the datagram's. */
-function hexView(udp: boolean): View {
-  let offset = 0;
-  return (data) => {
-    if (udp) offset = 0;
-    const rows: string[] = [];
-    for (let start = 0; start < data.length || rows.length === 0; start += BYTES_PER_ROW) {
-      rows.push(hexRow(offset + start, data.subarray(start, start + BYTES_PER_ROW)));
+    for await (const line of lines) {
+      await server.send(line);
+      if (prompt === undefined || server.isUdp) await server.answered();
     }
-    offset += data.length;
-    return encoder.encode(rows.join(""));
-  };
-}
-
-function hexRow(offset: number, bytes: Uint8Array): string {
-  const digits = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0"));
-  const halves = [digits.slice(0, BYTES_PER_ROW / 2), digits.slice(BYTES_PER_ROW / 2)].map((half) => half.join(" "));
-  const text = Array.from(bytes, (byte) => byte >= 0x20 && byte < 0x7f ? String.fromCharCode(byte) : ".").join("");
-  return `${offset.toString(16).padStart(8, "0")}  ${halves.join("  ").padEnd(48)}  |${text}|\n`;
-}
-
-/** How long an answer took that was asked for at `since`, to be printed on `output`. */
-function duration(since: number, output: typeof Deno.stdout | typeof Deno.stderr): string {
-  const text = `${(performance.now() - since).toFixed(1)} ms`;
-  return output.isTerminal() && !Deno.noColor ? `\x1b[2m${text}\x1b[22m` : text;
-}
-
-// --- The server ---------------------------------------------------------------
-
-/** A server of datagrams, to be talked to like a connection: each datagram is to be answered by one. */
-class DatagramPeer implements Disposable {
-  readonly #client: DatagramClient;
-  #unanswered = 0;
-  #isEnding = false;
-
-  constructor({ target, timeout }: Settings) {
-    const isUnix = "path" in target;
-    this.#client = new DatagramClient({
-      ...(isUnix ? { ...target, localPath: `${target.path}.client-${Deno.pid}` } : target),
-      timeout,
-    });
-  }
-
-  async send(data: Uint8Array | string): Promise<void> {
-    this.#unanswered++;
-    await this.#client.send(data);
-  }
-
-  /** The next answer; `null` at the end. It is waited for without end while nothing was asked. */
-  async recv(): Promise<Uint8Array | null> {
-    while (!this.#isOver) {
-      const isAsked = this.#unanswered > 0;
-      try {
-        const answer = await this.#client.recv();
-        this.#unanswered = Math.max(0, this.#unanswered - 1);
-        return answer;
-      } catch (error) {
-        if (this.#isOver) break;
-        if (isAsked || !(error instanceof Deno.errors.TimedOut)) throw error;
-      }
-    }
-    return null;
-  }
-
-  /** No more will be asked; what was asked may still be answered. */
-  closeWrite(): Promise<void> {
-    this.#isEnding = true;
-    if (this.#isOver) this.close();
-    return Promise.resolve();
-  }
-
-  close(): void {
-    this.#unanswered = 0;
-    this.#client.close();
-  }
-
-  [Symbol.dispose](): void {
-    this.close();
-  }
-
-  get #isOver(): boolean {
-    return this.#isEnding && this.#unanswered === 0;
-  }
-}
-
-/** The waits between two tries to reach a server that has left. */
-const RECONNECT_MIN_MS = 250;
-const RECONNECT_MAX_MS = 5_000;
-
-/** The server, by one connection or, if it leaves and comes back, by several. */
-class Server implements AsyncDisposable {
-  readonly #settings: Settings;
-  #peer: SocketStream | DatagramPeer;
-  #view: View;
-  #hasSpoken = false;
-
-  private constructor(settings: Settings, peer: SocketStream | DatagramPeer) {
-    this.#settings = settings;
-    this.#peer = peer;
-    this.#view = makeView(settings);
-  }
-
-  static async reach(settings: Settings): Promise<Server> {
-    const { udp, target, tls, timeout, retries } = settings;
-    const peer = udp ? new DatagramPeer(settings) : await connect({ ...target, tls, timeout, retries });
-    return new Server(settings, peer);
-  }
-
-  /** Waits until the server, which has left, can be reached again. */
-  async reachAgain(signal?: AbortSignal): Promise<void> {
-    this.#peer.close();
-    const { target, tls, timeout } = this.#settings;
-    for (let wait = RECONNECT_MIN_MS;; wait = Math.min(wait * 2, RECONNECT_MAX_MS)) {
-      await delay(wait, undefined, signal && { signal });
-      try {
-        this.#peer = await connect({ ...target, tls, timeout, ...(signal && { signal }) });
-        this.#view = makeView(this.#settings);
-        this.#hasSpoken = false;
-        return;
-      } catch (error) {
-        if (signal?.aborted || !isAbsence(error)) throw error;
-      }
-    }
-  }
-
-  async send(data: Uint8Array): Promise<void> {
-    await this.#peer.send(data);
-  }
-
-  /** What comes next, to be printed; `null` at the end. */
-  async recv(): Promise<Uint8Array | null> {
-    const data = await this.#peer.recv();
-    if (data === null) return null;
-    const { udp, tls, hex } = this.#settings;
-    const mayBeAlert = !this.#hasSpoken && !udp && tls === false && !hex;
-    this.#hasSpoken = true;
-    if (mayBeAlert && isTlsAlert(data)) throw new Error("the server speaks TLS there; run again with --tls");
-    return this.#view(data);
-  }
-
-  async closeWrite(): Promise<void> {
-    await this.#peer.closeWrite();
-  }
-
-  /** A person may think for as long as they like. For datagrams that is so anyway. */
-  waitForEver(): void {
-    if (this.#peer instanceof SocketStream) this.#peer.timeout = Infinity;
-  }
-
-  close(): void {
-    this.#peer.close();
-  }
-
-  async [Symbol.asyncDispose](): Promise<void> {
-    if (this.#peer instanceof SocketStream) await this.#peer[Symbol.asyncDispose]();
-    else this.#peer.close();
-  }
-}
-
-/** Whether a failed try only means that the server is not there yet. */
-function isAbsence(error: unknown): boolean {
-  return !(error instanceof Deno.errors.NotCapable || error instanceof Deno.errors.InvalidData);
-}
-
-function hasLeft(error: unknown): boolean {
-  return error instanceof Deno.errors.ConnectionReset || error instanceof Deno.errors.BrokenPipe;
-}
-
-/** RFC 8446, 5.1 and 6: a record of 2 bytes that is an alert, which is how a server of TLS answers anything else. */
-function isTlsAlert(data: Uint8Array): boolean {
-  const [type, major, , lengthHigh, lengthLow, level] = data;
-  return data.length === 7 && type === 21 && major === 3 && lengthHigh === 0 && lengthLow === 2 &&
-    (level === 1 || level === 2);
-}
-
-// --- Without a person ---------------------------------------------------------
-
-/** Sends each line and prints its answer before the next one, then what is still coming. */
-async function exchange(server: Server, lines: AsyncIterable<Line> | Line[], settings: Settings): Promise<void> {
-  const { udp, reconnect, timing } = settings;
-  const output = Deno.stdout.writable.getWriter();
-  let number = 0;
-  let unanswered = 0;
-  let isAway = false;
-
-  async function print(data: Uint8Array) {
-    await output.write(data).catch(() => {
-      throw new Error("standard output is closed");
-    });
-  }
-
-  async function ask({ data, isUnfinished }: Line) {
-    const since = performance.now();
-    await server.send(data);
-    if (isUnfinished) await server.closeWrite();
-    const answer = await server.recv();
-    if (answer === null) throw new Deno.errors.ConnectionReset();
-    await print(answer);
-    // A datagram is whole, so its end can be told from the middle of an answer.
-    if (udp && answer.at(-1) !== LINE_FEED) await print(new Uint8Array([LINE_FEED]));
-    if (timing) console.error(duration(since, Deno.stderr));
-  }
-
-  for await (const line of lines) {
-    number++;
-    if (line.data.length === 0 && !udp) continue; // Nothing would answer it.
-    if (isAway) {
-      console.error("client.ts: trying to reach the server again…");
-      await server.reachAgain();
-      console.error("client.ts: the server is back");
-    }
-    try {
-      isAway = false;
-      await ask(line);
-    } catch (error) {
-      if (!reconnect || !hasLeft(error)) throw error;
-      isAway = true;
-      unanswered++;
-      console.error(`client.ts: the server has left before it answered line ${number}, which is not sent again`);
-    }
-  }
-  if (!isAway) await printRest(server, print);
-  if (unanswered > 0) throw new Error(`${unanswered} of ${number} lines were not answered; send them again if need be`);
-}
-
-async function printRest(server: Server, print: (data: Uint8Array) => Promise<void>): Promise<void> {
-  await server.closeWrite();
-  try {
-    for (let rest; (rest = await server.recv()) !== null;) await print(rest);
-  } catch (error) {
-    if (!(error instanceof Deno.errors.TimedOut)) throw error;
-    console.error("client.ts: the server has answered everything, but keeps the connection open");
-  }
-}
-
-// --- On a terminal ------------------------------------------------------------
-
-/** What the prompt shows while lines are sent, and while they are not. */
-const [READY, AWAY] = [">>> ", "--- "];
-
-/** Lines that the arrows bring back. They are kept in this session only: on disk they might betray a password. */
-const HISTORY_LINES = 1_000;
-
-/** A prompt, above which all else is printed. */
-class Prompt implements AsyncDisposable {
-  readonly #lines = new Set<string>();
-  readonly #terminal = createInterface({
-    input: stdin,
-    output: stdout,
-    prompt: READY,
-    historySize: HISTORY_LINES,
-    removeHistoryDuplicates: true,
-    completer: (begun: string) => this.#complete(begun),
-  });
-  #isOpen = true;
-  #isShown = false;
-
-  constructor() {
-    this.#terminal.on("line", () => this.#isShown = false);
-    this.#terminal.on("close", () => {
-      if (this.#isShown) stdout.write("\n");
-      this.#isOpen = this.#isShown = false;
-    });
-  }
-
-  get isOpen(): boolean {
-    return this.#isOpen;
-  }
-
-  /** What is typed, line by line, until somebody closes the prompt. */
-  async *[Symbol.asyncIterator](): AsyncGenerator<string> {
-    this.#ask();
-    for await (const line of this.#terminal) {
-      if (line.trim() !== "") this.#lines.add(line);
-      yield line;
-      this.#ask();
-    }
-  }
-
-  /** Prints `texts`, a line each, above the prompt. */
-  print(...texts: (Uint8Array | string)[]): void {
-    const rows = this.#isShown ? this.#erase() : 0;
-    for (const text of texts) {
-      if (text.length === 0) continue; // Half a character has come.
-      stdout.write(text);
-      if (text.at(-1) !== "\n" && text.at(-1) !== LINE_FEED) stdout.write("\n");
-    }
-    stdout.write("\n".repeat(rows)); // The prompt goes up again by as many.
-    if (this.#isShown) this.#ask();
-  }
-
-  /** Prints `text`, and then asks with `prompt`, which is as wide as the one before. */
-  change(text: string, prompt: string): void {
-    this.#terminal.setPrompt(prompt);
-    this.print(text);
-  }
-
-  close(): void {
-    this.#terminal.close();
-  }
-
-  /** Closes it; what was printed is on the screen then, and would else be lost if the process ended at once. */
-  async [Symbol.asyncDispose](): Promise<void> {
-    this.close();
-    await new Promise<void>((resolve) => void stdout.write("", () => resolve()));
-  }
-
-  #ask(): void {
-    this.#isShown = this.#isOpen;
-    if (this.#isOpen) this.#terminal.prompt(true);
-  }
-
-  /** Clears the prompt with what is typed; returns how many rows that had above the cursor. */
-  #erase(): number {
-    const { rows } = this.#terminal.getCursorPos();
-    moveCursor(stdout, 0, -rows);
-    cursorTo(stdout, 0);
-    clearScreenDown(stdout);
-    return rows;
-  }
-
-  /** The lines of this session that begin so, in the form that `node:readline` asks for. */
-  #complete(begun: string): [string[], string] {
-    const isBegun = begun !== "";
-    return [isBegun ? [...this.#lines].filter((line) => line.startsWith(begun)) : [], begun];
-  }
-}
-
-/** Talks to a person: what the server says is printed above the prompt, whenever it comes. */
-async function converse(server: Server, settings: Settings): Promise<void> {
-  const { keepOpen, reconnect, timing } = settings;
-  await using prompt = new Prompt();
-  const leaving = new AbortController();
-  let isAway = false;
-  let askedAt: number | undefined; // When the last line was sent that may still be answered.
-
-  async function send(line: string) {
-    if (isAway) return prompt.print("Not sent, as the server is away; the up arrow brings the line back.");
-    try {
-      const data = encode(line, settings);
-      askedAt = performance.now();
-      await server.send(data);
-    } catch (error) {
-      if (error instanceof SyntaxError) return prompt.print(`Not sent: ${error.message}.`);
-      if (!(reconnect && hasLeft(error))) throw error; // Else reading tells.
-    }
-  }
-
-  async function sendWhatIsTyped() {
-    for await (const line of prompt) {
-      if (line === "" && !keepOpen) break;
-      if (line !== "") await send(line);
-    }
-    prompt.close();
-    leaving.abort();
-    setTimeout(() => server.close(), PARTING_MS);
-    await server.closeWrite().catch(() => {}); // If the server has left, reading tells.
-  }
-
-  async function printWhatComes() {
-    server.waitForEver();
-    for (let data; (data = await server.recv()) !== null;) {
-      prompt.print(data, ...(timing && askedAt !== undefined ? [duration(askedAt, Deno.stdout)] : []));
-      askedAt = undefined;
-    }
-  }
-
-  async function waitForReturn() {
-    isAway = true;
-    const loss = askedAt === undefined ? "" : " before it answered, and nothing is sent again";
-    askedAt = undefined;
-    prompt.change(`The server has left${loss}; trying again…`, AWAY);
-    await server.reachAgain(leaving.signal);
-    isAway = false;
-    prompt.change("The server is back.", READY);
-  }
-
-  async function printWhileItIsThere() {
-    while (prompt.isOpen) {
-      try {
-        await printWhatComes();
-      } catch (error) {
-        if (!(reconnect && prompt.isOpen && hasLeft(error))) throw error;
-      }
-      if (!prompt.isOpen) return;
-      if (reconnect) {
-        await waitForReturn();
-      } else {
-        prompt.close();
-        stdout.write("The server has left.\n");
-      }
-    }
-  }
-
-  try {
-    await Promise.all([sendWhatIsTyped(), printWhileItIsThere()]);
-  } catch (error) {
-    // The person has left, while the server was away or did not part in time.
-    const isParting = error instanceof Deno.errors.BadResource || leaving.signal.aborted && isAway;
-    if (prompt.isOpen || !isParting) throw error;
+  } finally {
+    await server.end();
+    if (prompt !== undefined) setTimeout(() => Deno.exit(0), PARTING_MS);
+    await hearing; // All that came is printed first. Why nothing comes says more than that a line could not be sent.
   }
 }
 
 /** How long a person who has ended waits for the last answer. */
 const PARTING_MS = 1_000;
 
-const LINE_FEED = 0x0a;
+/** The server, which is heard while lines are sent to it. */
+class Server {
+  readonly isUdp: boolean;
+  readonly #peer: SocketStream | DatagramClient;
+  readonly #lineEnd: string;
+  readonly #isHalfDuplex: boolean; // A Unix datagram socket of Deno cannot send while it waits to receive.
+  readonly #into = new Uint8Array(65_536); // For recv() an answer of 300 bytes may be two chunks, and so two lines.
+  #isAsked = false;
+  #isSending = false;
+  #isEnding = false;
+  #isOver = false;
+  #wake = () => {};
 
-async function talk(settings: Settings): Promise<void> {
+  constructor(peer: SocketStream | DatagramClient, lineEnd: string, isUnix: boolean) {
+    [this.#peer, this.#lineEnd, this.#isHalfDuplex] = [peer, lineEnd, isUnix];
+    this.isUdp = peer instanceof DatagramClient;
+  }
+
+  async send(line: string | Uint8Array): Promise<void> {
+    if (line.length === 0 && !this.isUdp) return; // Nothing would answer it.
+    this.#isAsked = this.#isSending = true;
+    await this.#peer.send(line).finally(() => this.#isSending = false);
+    this.#wake();
+    // A server of lines waits for the end of the last one.
+    if (this.#lineEnd !== "" && line.at(-1) !== "\n" && line.at(-1) !== LINE_FEED) await this.end();
+  }
+
+  /** Resolves when something has come since a line was sent; rejects if nothing will. */
+  async answered(): Promise<void> {
+    while (this.#isAsked && !this.#isOver) await new Promise<void>((resolve) => this.#wake = resolve);
+    if (this.#isAsked) throw new Error("the server closed the connection before it answered");
+  }
+
+  /** Prints what comes until the server ends; with datagrams, until `end()`. */
+  async hear(print: Print): Promise<void> {
+    try {
+      for (let data; (data = await this.#recv()) !== null; this.#wake()) {
+        this.#isAsked = false;
+        await print(data);
+      }
+    } finally {
+      this.#isOver = true;
+      this.#wake();
+    }
+  }
+
+  async #recv(): Promise<Uint8Array | null> {
+    while (!this.#isOver) {
+      const isLate = this.#isAsked && !this.#isSending;
+      try {
+        if (this.#peer instanceof SocketStream) {
+          const count = await this.#peer.read(this.#into);
+          return count === null ? null : this.#into.slice(0, count);
+        }
+        if (isLate || this.#isEnding || !this.#isHalfDuplex) return await this.#peer.recv();
+        await new Promise<void>((resolve) => this.#wake = resolve);
+      } catch (error) {
+        if (error instanceof Deno.errors.BadResource || this.isUdp && this.#isEnding) break;
+        if (!(error instanceof Deno.errors.TimedOut)) throw error;
+        if (isLate) throw new Error("no answer came within --timeout");
+        if (this.#isEnding && !this.#isAsked) {
+          console.error("client.ts: the server has answered everything, but keeps the connection open");
+          break;
+        }
+      }
+    }
+    return null;
+  }
+
+  /** No more is sent; what was asked may still be answered. */
+  async end(): Promise<void> {
+    this.#isEnding = true;
+    if (this.#peer instanceof SocketStream) return await this.#peer.closeWrite().catch(() => {}); // hear() tells.
+    this.#peer.close();
+    this.#wake();
+  }
+}
+
+/** The lines of standard input, byte by byte as they are. With a `prompt` each is asked for, and an empty one ends. */
+async function* inputLines(lineEnd: string, prompt: string): AsyncGenerator<Uint8Array> {
+  const localAddr: Deno.Addr = { transport: "unix", path: "" };
+  const conn = {
+    ...{ localAddr, remoteAddr: localAddr, close: () => {}, closeWrite: () => Promise.resolve() },
+    ...{ read: (into: Uint8Array) => Deno.stdin.read(into), write: (data: Uint8Array) => Deno.stdout.write(data) },
+  };
+  const input = new SocketStream(conn, { limit: Infinity });
   try {
-    await using server = await Server.reach(settings);
-    if (settings.messages.length > 0) {
-      await exchange(server, settings.messages.map((data) => ({ data, isUnfinished: false })), settings);
-    } else if (stdin.isTTY && stdout.isTTY) {
-      await converse(server, settings);
-    } else {
-      await exchange(server, pipedLines(settings), settings);
+    for (;;) {
+      Deno.stdout.writeSync(new TextEncoder().encode(prompt));
+      const line = await input.readUntil("\n");
+      if (line === null || prompt !== "" && line.length === 1) return;
+      yield lineEnd === "" ? line.subarray(0, -1) : line;
     }
   } catch (error) {
-    throw explained(error, settings);
+    if (!(error instanceof IncompleteReadError)) throw error;
+    yield error.partial;
   }
 }
 
-/** What the server did, for a person. */
-function explained(error: unknown, { udp, target, timeout, tls }: Settings): unknown {
-  if (!(error instanceof Error)) return error;
-  if (hasLeft(error) && !error.message.startsWith("Cannot connect")) {
-    const isKnown = tls !== false && "cert" in tls;
-    const hint = isKnown ? ", or check that it accepts the certificate of --cert" : "";
-    return new Error(`the server has left in the middle; start it again${hint}`);
+/** Makes what comes fit to print: a terminal would obey control characters, and a datagram may lack a line end. */
+function fit(print: Print, isUdp: boolean): Print {
+  const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
+  const safe = (text: string) =>
+    new TextEncoder().encode(text.replaceAll("\r\n", "\n").replace(/[^\n\t]+/g, printable));
+  return (data) => {
+    const shown = Deno.stdout.isTerminal() ? safe(decoder.decode(data, { stream: !isUdp })) : data;
+    return print(isUdp && shown.at(-1) !== LINE_FEED ? new Uint8Array([...shown, LINE_FEED]) : shown);
+  };
+}
+
+// --- The prompt ------------------------------------------------------------------
+
+const [PROMPT, LINE_FEED] = [">>> ", 0x0a];
+
+/** `undefined` if the terminal cannot move its cursor (TERM=dumb). History stays in memory: it may hold passwords. */
+async function openPrompt(): Promise<Prompt | undefined> {
+  const modules = [import("node:readline"), import("node:stream"), import("node:process")] as const;
+  const [{ createInterface }, { PassThrough }, { stdout }] = await Promise.all(modules);
+  const input = Object.assign(new PassThrough(), { setRawMode: (isRaw: boolean) => Deno.stdin.setRaw(isRaw) });
+  const settings = { prompt: PROMPT, historySize: 1_000, removeHistoryDuplicates: true, terminal: true };
+  const probed = new PassThrough(); // Deno's readline sees TERM without a permission.
+  createInterface({ input: new PassThrough(), output: probed, ...settings }).prompt();
+  if (!String(probed.read()).includes("\x1b")) return undefined;
+  return new Prompt(createInterface({ input, output: stdout, ...settings }), input, stdout);
+}
+
+/** A prompt with editing and history, above which all else is printed. */
+class Prompt {
+  readonly #editor: import("node:readline").Interface;
+  readonly #input: NodeJS.EventEmitter;
+  readonly #output: NodeJS.WritableStream;
+  #isOpen = true;
+  #isShown = false;
+
+  constructor(editor: import("node:readline").Interface, input: NodeJS.EventEmitter, output: NodeJS.WritableStream) {
+    [this.#editor, this.#input, this.#output] = [editor, input, output];
+    editor.on("line", () => this.#isShown = false).on("close", () => this.close());
+    if (Deno.build.os !== "windows") Deno.addSignalListener("SIGCONT", () => this.#ask()); // After Ctrl-Z and fg.
+    this.#readKeys();
   }
-  if (error instanceof Deno.errors.TimedOut && !error.message.startsWith("Cannot connect")) {
-    const where = "path" in target ? target.path : formatAddress({ transport: "udp", ...target });
-    const what = udp ? `no answer from ${where}` : "the server did not answer";
-    return new Error(`${what} within ${timeout} ms; try a longer --timeout`);
+
+  /** What is typed, until an empty line (unless `keepOpen`) or `close()`. */
+  async *lines(lineEnd: string, keepOpen: boolean): AsyncGenerator<string> {
+    this.#ask();
+    for await (const line of this.#editor) {
+      if (line !== "") yield line + lineEnd;
+      else if (!keepOpen) break;
+      this.#ask();
+    }
+    this.close();
   }
-  return Object.assign(error, { message: inFlags(error.message) });
+
+  /** Prints a text, on lines of its own, above the prompt. */
+  print(text: Uint8Array): void {
+    const rows = this.#isShown ? this.#editor.getCursorPos().rows : 0; // The prompt goes up by as many again.
+    if (this.#isShown) this.#output.write(`${rows > 0 ? `\x1b[${rows}A` : ""}\r\x1b[J`);
+    this.#output.write(text);
+    this.#output.write((text.length === 0 || text.at(-1) === LINE_FEED ? "" : "\n") + "\n".repeat(rows));
+    if (this.#isShown) this.#ask();
+  }
+
+  /** Ends the questions, with a last text. */
+  close(text = ""): void {
+    if (!this.#isOpen) return;
+    this.#isOpen = false;
+    this.#editor.close();
+    this.#output.write(`${this.#isShown ? "\n" : ""}${text}`);
+  }
+
+  #ask(): void {
+    this.#isShown = this.#isOpen;
+    if (!this.#isOpen) return;
+    Deno.stdin.setRaw(true);
+    this.#editor.prompt(true);
+  }
+
+  async #readKeys(): Promise<void> {
+    for await (const text of Deno.stdin.readable.pipeThrough(new TextDecoderStream())) {
+      for (const [keys] of text.matchAll(/[^\p{Cc}]{16,}|[\u2028\u2029]|[^]/gu)) this.#type(keys);
+    }
+    this.close();
+  }
+
+  /** Puts in at once what is pasted: for each key readline looks at the whole line, and it takes U+2028 for Enter. */
+  #type(keys: string): void {
+    if (keys.length < 16 && !/[\u2028\u2029]/.test(keys)) return void this.#input.emit("data", keys);
+    const { line, cursor } = this.#editor;
+    const text = line.slice(0, cursor) + keys + line.slice(cursor);
+    Object.assign(this.#editor, { line: text, cursor: cursor + keys.length });
+    this.#ask();
+  }
 }
 
-/** The library's names for options are flags here. */
-function inFlags(message: string): string {
-  return message
-    .replace("in caCerts", "with --ca")
-    .replace("set serverName", "set --server-name")
-    .replace("speak TLS there; check the port", "speak TLS there; check the port, or leave --tls out")
-    .replace(/during the TLS handshake$/, "$&; check that it speaks TLS there, or leave --tls out")
-    .replace(/^the TLS handshake failed \((received fatal alert: (\w+))\)$/, (whole, _, alert) => {
-      if (alert === "CertificateRequired") {
-        return "the server asks for a certificate; give it one with --cert and --key";
-      }
-      const isOurs = /Certificate|UnknownCA|AccessDenied/.test(alert);
-      return isOurs
-        ? `the server does not accept this client's certificate (${alert}); give it another with --cert`
-        : whole;
-    });
+// --- The flags -------------------------------------------------------------------
+
+const FLAGS = [
+  ["hostname", "HOST", "the server's name or address (127.0.0.1)"],
+  ["port", "PORT", "the server's port (8009)"],
+  ["unix", "PATH", "connect to a Unix socket instead, of at most 107 bytes"],
+  ["udp", "", "send each line as one datagram, without its line end; needs --unstable-net"],
+  ["tls", "", "encrypt with TLS; the server's certificate is checked"],
+  ["ca", "FILE", "trust the authority of this certificate, instead of the well-known ones"],
+  ["timeout", "MS", "how long to wait for the connection and for an answer (10000)"],
+  ["retries", "N", "try so often again when the connection fails (0)"],
+  ["keep-open", "", "an empty line asks again, instead of ending"],
+  ["no-newline", "", "send lines without their line end"],
+  ["help", "", "print this"],
+  ["version", "", "print the version"],
+] as const satisfies FlagTable<string>;
+
+const USAGE = `Sends what is typed, a line at a time, and prints what comes back.
+Usage: deno run --allow-net client.ts [FLAG...] [MESSAGE...]
+%s
+
+On a terminal an empty line, Ctrl-C or Ctrl-D ends it. Piped lines, and MESSAGEs, each wait for an answer to the last.
+--unix needs --allow-read=PATH --allow-write=PATH too, and with --udp it makes a socket beside PATH.`;
+
+type Flags = ReadonlyMap<(typeof FLAGS)[number][0], string>;
+
+async function reach(flags: Flags): Promise<SocketStream | DatagramClient> {
+  for (const [flag, other] of [["unix", "port"], ["unix", "hostname"], ["udp", "tls"], ["udp", "retries"]] as const) {
+    if (flags.has(flag) && flags.has(other)) throw new UsageError(`--${other} is not for --${flag}`);
+  }
+  const timeout = wholeNumber("--timeout", flags.get("timeout") ?? "10000", 1);
+  const retries = wholeNumber("--retries", flags.get("retries") ?? "0", 0);
+  const port = wholeNumber("--port", flags.get("port") ?? "8009", 1, 65_535);
+  const [path, ca, hostname = "127.0.0.1"] = [flags.get("unix"), flags.get("ca"), flags.get("hostname")];
+  if (ca !== undefined && !flags.has("tls")) throw new UsageError("--ca is for --tls; give that too");
+  const tls = flags.has("tls") && (ca === undefined || { caCerts: [readFile(ca)] });
+  const local = { path: path ?? "", localPath: `${path}.client-${Deno.pid}` };
+  if (flags.has("udp")) return new DatagramClient({ ...(path === undefined ? { hostname, port } : local), timeout });
+  return await connect({ ...(path === undefined ? { hostname, port } : { path }), timeout, retries, tls });
 }
 
-async function main(args: string[]): Promise<void> {
-  const settings = readFlags(args);
-  if (settings === null) return;
-  await talk(settings);
-  Deno.exit(0); // A read of standard input that waits would keep the process alive.
+async function main(flags: Flags, others: string[]): Promise<void> {
+  const isPerson = others.length === 0 && Deno.stdin.isTerminal() && Deno.stdout.isTerminal();
+  const lineEnd = flags.has("udp") || flags.has("no-newline") ? "" : "\n";
+  using peer = await reach(flags);
+  if (isPerson && peer instanceof SocketStream) peer.timeout = Infinity; // A person may think for as long as they like.
+  const server = new Server(peer, lineEnd, flags.has("unix"));
+  const prompt = isPerson ? await openPrompt() : undefined;
+  const output = Deno.stdout.writable.getWriter();
+  const closed = () => Promise.reject(new Error("standard output is closed"));
+  const print = (data: Uint8Array) => prompt ? prompt.print(data) : output.write(data).catch(closed);
+  const piped = others.length > 0 ? others.map((text) => text + lineEnd) : inputLines(lineEnd, isPerson ? PROMPT : "");
+  await converse(server, prompt?.lines(lineEnd, flags.has("keep-open")) ?? piped, fit(print, server.isUdp), prompt);
+  Deno.exit(0); // A read of standard input may still wait.
 }
 
-if (import.meta.main) await runScript("client.ts", main);
+if (import.meta.main) await runScript("client.ts", USAGE, FLAGS, main);

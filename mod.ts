@@ -107,7 +107,8 @@ export class LimitOverrunError extends Error {
 /** The same class and `code` as `error`, under another message. */
 function restate(error: unknown, message: string): Error {
   const code = errorCode(error);
-  const Kind = error instanceof Error ? error.constructor : Error;
+  // The runtime asks a new connection for its peer, which a reset has taken away by then.
+  const Kind = code === "ENOTCONN" ? Deno.errors.ConnectionReset : error instanceof Error ? error.constructor : Error;
   const restated: Error = Reflect.construct(Kind, [message, { cause: error }]);
   return code === "" ? restated : Object.assign(restated, { code });
 }
@@ -595,8 +596,8 @@ const ADVICE: Record<string, string> = {
   EADDRNOTAVAIL: "this machine has no such address, choose one of its own",
   EACCES: "choose another address (ports below 1024 are reserved)",
   ECONNREFUSED: "start the server or check the address",
-  ECONNRESET: "the server may be about to end, try again",
   ENOENT: "start the server or check the path",
+  ENOTCONN: "the server has reset the connection at once",
 };
 
 /** Linux: `sun_path` of unix(7) has 108 bytes, the last one is 0. */
@@ -613,7 +614,8 @@ function explain(error: unknown, address: Deno.Addr): string {
     } bytes; a Unix socket's path has at most ${MAX_PATH_BYTES}`;
   }
   const words = systemWords(error);
-  if (words.startsWith("failed to lookup address")) return `the name cannot be resolved (${words}); check its spelling`;
+  const isUnresolved = words.startsWith("failed to lookup address") || errorCode(error) === "ENOTFOUND";
+  if (isUnresolved) return `the name cannot be resolved (${words}); check its spelling`;
   const advice = ADVICE[errorCode(error)];
   return advice === undefined ? words : `${words}; ${advice}`;
 }
@@ -685,6 +687,19 @@ function prepareForExhaustion(): void {
 /** A TLS peer that closes without close_notify. Many real peers do, and Python and Node read it as the end, too. */
 function isUncleanEnd(error: unknown): boolean {
   return error instanceof Deno.errors.UnexpectedEof;
+}
+
+/** The connection of `Deno.startTls` has addresses without a `transport`. */
+function withAddresses(conn: Deno.TlsConn, { localAddr, remoteAddr }: StreamConn): StreamConn {
+  return {
+    localAddr,
+    remoteAddr,
+    under: conn,
+    read: (into) => conn.read(into),
+    write: (data) => conn.write(data),
+    closeWrite: () => conn.closeWrite(),
+    close: () => conn.close(),
+  };
 }
 
 /** The part of the runtime's datagram socket that a {@linkcode DatagramServer} needs; its own type needs `--unstable-net`. */
@@ -1056,6 +1071,11 @@ class Input {
     this.#wanted = wanted;
   }
 
+  /** Makes the next buffers as large as a caller wants its chunks. */
+  want(count: number): void {
+    this.#wanted = Math.max(this.#wanted, Math.min(count, MAX_BUFFER_BYTES));
+  }
+
   /** Takes in bytes that were read into another place. */
   append(bytes: Uint8Array): void {
     for (let from = 0; from < bytes.length;) {
@@ -1181,18 +1201,17 @@ function takePeek(input: Input, count: number): Bytes | typeof MORE {
 }
 
 function takeUntil(input: Input, delimiters: readonly Uint8Array[], limit: number): Bytes | null | typeof MORE {
-  let [at, length, longest] = [-1, 0, 1];
+  let [at, end, longest] = [-1, Infinity, 1];
   for (const delimiter of delimiters) {
     const index = input.indexOf(delimiter, input.searched);
-    const isBetter = at < 0 || index < at || (index === at && delimiter.length > length);
-    if (index >= 0 && isBetter) [at, length] = [index, delimiter.length];
+    if (index >= 0 && index + delimiter.length < end) [at, end] = [index, index + delimiter.length];
     longest = Math.max(longest, delimiter.length);
   }
   // The end of the input may cut a delimiter in two.
   input.searched = Math.max(0, input.length - longest + 1);
   const content = at < 0 ? input.searched : at;
   if (content > limit) throw limitOverrun("record", limit, content);
-  if (at >= 0) return input.take(at + length);
+  if (at >= 0) return input.take(end);
   if (!input.ended) return MORE;
   if (input.length === 0) return null;
   throw new IncompleteReadError(input.take(input.length), null);
@@ -1337,7 +1356,8 @@ class Output {
 
   /** Gathers `data`; resolves at once unless more than `highWaterMark` bytes wait. */
   write(data: Uint8Array | string, highWaterMark: number): Promise<void> {
-    if (this.#refuses) return this.#refuse("write()");
+    const refusal = this.refusal("write()");
+    if (refusal !== undefined) return rejection(refusal);
     if (typeof data === "string") {
       const characters = this.#text.length + data.length;
       const most = this.#taken - this.#sent + characters * MAX_UTF8_BYTES;
@@ -1355,7 +1375,8 @@ class Output {
 
   /** Sends `data` behind all that came before; resolves once the kernel has it. */
   send(data: Uint8Array | string): Promise<void> {
-    if (this.#refuses) return this.#refuse("send()");
+    const refusal = this.refusal("send()");
+    if (refusal !== undefined) return rejection(refusal);
     const bytes = bytesOf(data);
     if (!this.isIdle || bytes.length === 0) return this.#enqueue(bytes);
     this.#taken += bytes.length;
@@ -1368,7 +1389,8 @@ class Output {
   }
 
   closeWrite(): Promise<void> {
-    if (this.failure !== undefined || this.#isHeld) return this.#refuse("closeWrite()");
+    const refusal = this.#ending === undefined ? this.refusal("closeWrite()") : this.failure;
+    if (refusal !== undefined) return rejection(refusal);
     return this.#ending ??= forgettable(this.#end());
   }
 
@@ -1390,7 +1412,6 @@ class Output {
 
   /** Sends all and refuses more until `goOn()`. */
   hold(): Promise<void> {
-    if (this.#refuses) return this.#refuse("upgrade()");
     this.#isHeld = true;
     return this.flush();
   }
@@ -1429,14 +1450,12 @@ class Output {
     this.#waiters = undefined;
   }
 
-  get #refuses(): boolean {
-    return this.failure !== undefined || this.#ending !== undefined || this.#isHeld;
-  }
-
-  #refuse(call: string): Promise<never> {
-    if (this.failure !== undefined) return rejection(this.failure);
-    if (this.#isHeld) return rejection(new Deno.errors.Busy(`Cannot ${call}: upgrade() is under way`));
-    return rejection(new Deno.errors.BrokenPipe(`Cannot ${call}: closeWrite() has ended this side of the stream`));
+  /** The reason why `call` cannot write, if there is one. */
+  refusal(call: string): Error | undefined {
+    if (this.failure !== undefined) return this.failure;
+    if (this.#isHeld) return new Deno.errors.Busy(`Cannot ${call}: upgrade() is under way`);
+    if (this.#ending === undefined) return undefined;
+    return new Deno.errors.BrokenPipe(`Cannot ${call}: closeWrite() has ended this side of the stream`);
   }
 
   /** Puts the text into the block, behind the bytes that came before it. */
@@ -1695,6 +1714,7 @@ class Transport implements Watched {
     return this.#timeout ?? this.#settings.timeout;
   }
   set timeout(ms: number) {
+    if (this.#isClosed) return;
     this.#timeout = ms;
     this.#watch?.output.forget();
     if (!this.output.isIdle) this.#watchFor(ms);
@@ -1717,7 +1737,13 @@ class Transport implements Watched {
 
   /** Calls `release` once it is closed. */
   onEnd(release: () => void): void {
-    (this.#releases ??= []).push(release);
+    if (this.#isClosed) release();
+    else (this.#releases ??= []).push(release);
+  }
+
+  recv(maxBytes: number): Promise<Bytes | null> {
+    if (maxBytes < Infinity) this.#input.want(maxBytes);
+    return this.read("recv()", takeChunk, maxBytes);
   }
 
   /** The one place where reads begin. */
@@ -1877,9 +1903,16 @@ class Transport implements Watched {
     };
     this.#watchFor(timeout);
     try {
-      await this.output.hold();
+      await unlessAborted(this.output.hold(), controller.signal);
+      const filtered = { conn: this.conn };
       const context = { signal: controller.signal, onEnd: (release: () => void) => this.onEnd(release) };
-      this.#goOn(await unlessAborted(Promise.try(() => filter(this.conn, context)), controller.signal));
+      const passed = Promise.try(() => runFilters([filter], filtered, context));
+      if (!await unlessAborted(passed, controller.signal)) {
+        throw new Deno.errors.ConnectionAborted("Cannot upgrade(): the filter has refused the connection");
+      }
+      this.#pending = undefined;
+      this.conn = filtered.conn;
+      this.output.goOn(filtered.conn);
     } catch (error) {
       this.#pending = undefined;
       this.cut(error instanceof Error ? error : undefined);
@@ -1889,7 +1922,10 @@ class Transport implements Watched {
 
   #checkUpgradable(): void {
     const { length } = this.#input;
-    if (this.#isClosed || this.#failure !== undefined) throw this.#closedError();
+    const refusal = this.#isClosed || this.#failure !== undefined
+      ? this.#closedError()
+      : this.output.refusal("upgrade()");
+    if (refusal !== undefined) throw refusal;
     if (this.#input.ended) {
       throw new Deno.errors.BrokenPipe("Cannot upgrade(): the peer has ended its side of the stream");
     }
@@ -1900,16 +1936,6 @@ class Transport implements Watched {
     }
     if (length === 0) return;
     throw new Deno.errors.Busy(`Cannot upgrade(): ${length} received bytes are unread; read them, or close`);
-  }
-
-  #goOn(conn: StreamConn | null): void {
-    if (conn === null) {
-      throw new Deno.errors.ConnectionAborted("Cannot upgrade(): the filter has refused the connection");
-    }
-    if (this.#isClosed) closeQuietly(conn); // It was closed in the same moment.
-    this.#pending = undefined;
-    this.conn = conn;
-    this.output.goOn(conn);
   }
 
   /** Ends reads that wait for a new message; those of clients that have not spoken, or wait for an answer, if it `isLate`. */
@@ -1928,8 +1954,8 @@ class Transport implements Watched {
   close(): Promise<void> | undefined {
     if (this.#isClosed) return this.#lingering;
     if (this.output.isIdle) return void this.cut();
-    this.#shut();
     this.timeout = Math.min(this.timeout, CLOSE_STALL_MS);
+    this.#shut();
     return this.#lingering = this.output.finish().catch(ignore).then(() => this.cut());
   }
 
@@ -2108,13 +2134,14 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   /**
    * Reads what has arrived, or waits until something does. Resolves to 1 to `maxBytes`
    * (default `Infinity`) bytes, which are the caller's, and to `null` at the end of the
-   * stream. To transfer them to a worker, take a `slice()`: their buffer may hold more.
+   * stream. Name a number, as in `recv(1024)`, if so much should come in one piece. To
+   * transfer the bytes to a worker, take a `slice()`: their buffer may hold more.
    */
   recv(maxBytes: number = Infinity): Promise<Uint8Array<ArrayBuffer> | null> {
     if (!(maxBytes >= 1 && (Number.isInteger(maxBytes) || maxBytes === Infinity))) {
       return rejection(new RangeError(`Cannot recv(${maxBytes}): ask for a whole number of 1 or more, or Infinity`));
     }
-    return this.#transport.read("recv()", takeChunk, maxBytes);
+    return this.#transport.recv(maxBytes);
   }
 
   /**
@@ -2145,7 +2172,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
   /**
    * Reads a record up to and with its delimiter: bytes, or text as UTF-8, not empty. Of
-   * several delimiters the first in the stream counts, at the same place the longest.
+   * several delimiters the one that ends first counts, as in asyncio's `readuntil`.
    * Resolves to `null` if the stream ends between two records. Rejects with
    * {@linkcode IncompleteReadError} if it ends inside one, and with
    * {@linkcode LimitOverrunError} if `limit` bytes hold no delimiter.
@@ -2289,8 +2316,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * as it was; with the filter's error if that fails, and closes the stream.
    */
   async upgrade(filter: ConnectionFilter, options: { handshakeTimeout?: number | undefined } = {}): Promise<void> {
-    const { handshakeTimeout = SERVER_DEFAULTS.handshakeTimeout } = options;
-    checkNumber("handshakeTimeout", handshakeTimeout);
+    const { handshakeTimeout } = resolveOptions({ handshakeTimeout: SERVER_DEFAULTS.handshakeTimeout }, options);
     await this.#transport.upgrade(filter, handshakeTimeout);
   }
 
@@ -2439,7 +2465,8 @@ function runFilters(
     if (next === null) return false;
     if ("then" in next) {
       return next.then((conn) => {
-        if (conn === null) return false;
+        if (conn !== null && context.signal.aborted) closeQuietly(conn); // It comes too late.
+        if (conn === null || context.signal.aborted) return false;
         filtered.conn = conn;
         return runFilters(filters.slice(index + 1), filtered, context);
       });
@@ -2759,9 +2786,13 @@ async function startTls(filtered: Filtered, options: ConnectTlsOptions, hostname
       'Option "tls" needs a bare TCP connection; over a Unix socket or another filter use a TLS filter',
     );
   }
-  const encrypted = await Deno.startTls(conn, { hostname: serverName, caCerts, alpnProtocols });
-  filtered.conn = encrypted;
-  await encrypted.handshake();
+  try {
+    const encrypted = await Deno.startTls(conn, { hostname: serverName, caCerts, alpnProtocols });
+    filtered.conn = withAddresses(encrypted, conn);
+    await encrypted.handshake();
+  } catch (error) {
+    throw restate(error, `the TLS handshake failed: ${systemWords(error)}`);
+  }
 }
 
 function isTcpConn(conn: StreamConn): conn is StreamConn & Deno.TcpConn {
@@ -3103,6 +3134,7 @@ abstract class Session<Request extends Traffic> {
   request: Request | undefined;
   #controller: AbortController | undefined;
   #releases: (() => void)[] | undefined;
+  #isOver = false;
 
   /** Its arrival, in the time of `performance.now()`. */
   constructor(readonly since: number) {}
@@ -3144,10 +3176,12 @@ abstract class Session<Request extends Traffic> {
   }
 
   onEnd(release: () => void): void {
-    (this.#releases ??= []).push(release);
+    if (this.#isOver) release();
+    else (this.#releases ??= []).push(release);
   }
 
   release(): void {
+    this.#isOver = true;
     for (const release of this.#releases?.splice(0) ?? []) release();
   }
 }
@@ -3491,6 +3525,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     if (this.#phase === "closed") return;
     this.#phase = "closed";
     this.#abortSignal();
+    this.#acceptor?.close();
     this.#cutAll();
     this.#wake();
     this.#draining ??= this.#drain(0);
@@ -3604,6 +3639,11 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     return this.#sessions.length >= this.#maxSessions;
   }
 
+  /** Clients wait in the backlog; datagrams that are too many are received, dropped and counted. */
+  get #mustWait(): boolean {
+    return this.#isFull && !this.#repliesByListener && this.#phase !== "closed";
+  }
+
   get #isClosing(): boolean {
     return this.#phase === "draining" || this.#phase === "closed";
   }
@@ -3637,7 +3677,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   async #serveArrivals(): Promise<void> {
     for await (const arrival of this.#acceptor ?? []) {
       this.#serve(arrival);
-      if (this.#isFull) await this.#until(() => !this.#isFull || this.#phase === "closed");
+      if (this.#mustWait) await this.#until(() => !this.#mustWait);
     }
   }
 
@@ -3674,9 +3714,10 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     if (request === null || session.isCut) return;
     session.request = request;
     this.noteOpen(session);
+    if (session.isCut) return; // A hook has closed the server.
     const verified = this.verifyRequest(request, session.clientAddress);
-    if (verified === true) return this.processRequest(request, session.clientAddress);
-    return this.#processIfVerified(verified, request, session);
+    if (verified !== true) return this.#processIfVerified(verified, request, session);
+    if (!session.isCut) return this.processRequest(request, session.clientAddress);
   }
 
   async #processIfVerified(
@@ -4652,7 +4693,7 @@ interface OpenClient {
 /**
  * The other end of a {@linkcode DatagramServer}: it sends to one server, and takes
  * datagrams from that one only. The first call opens the socket. It needs
- * `--unstable-net`.
+ * `--unstable-net`. Over a Unix socket the runtime cannot send while a `recv()` waits.
  *
  * @example
  * ```ts
@@ -4668,6 +4709,7 @@ export class DatagramClient implements Disposable {
   readonly #timeout: number;
   readonly #buffer = new Uint8Array(DATAGRAM_BUFFER_BYTES);
   #opening: Promise<OpenClient> | undefined;
+  #opened: OpenClient | undefined;
   /** A receive cannot be cancelled, so it may outlive the call that began it. */
   #receiving: Promise<Received> | undefined;
   #isWaiting = false;
@@ -4744,8 +4786,9 @@ export class DatagramClient implements Disposable {
     const local = localAddressFor(server, this.#localPath);
     try {
       const socket = openDatagramSocket(local);
-      if (this.#isClosed) socket.close();
-      return { socket, server, file: "path" in local ? fileAt(this.#localPath) : undefined };
+      this.#opened = { socket, server, file: "path" in local ? fileAt(this.#localPath) : undefined };
+      if (this.#isClosed) this.#release();
+      return this.#opened;
     } catch (error) {
       throw openingError("open a socket on", local, error);
     }
@@ -4755,11 +4798,13 @@ export class DatagramClient implements Disposable {
   close(): void {
     if (this.#isClosed) return;
     this.#isClosed = true;
-    this.#receiving?.catch(ignore);
-    this.#opening?.then(({ socket, file }) => {
-      closeQuietly(socket);
-      if (isSameFile(fileAt(this.#localPath), file)) Deno.removeSync(this.#localPath);
-    }, ignore);
+    this.#release();
+  }
+
+  #release(): void {
+    if (this.#opened === undefined) return; // Nothing is open, or will be closed when it is.
+    closeQuietly(this.#opened.socket);
+    if (isSameFile(fileAt(this.#localPath), this.#opened.file)) Deno.removeSync(this.#localPath);
   }
 
   /** Closes the socket. */

@@ -53,7 +53,7 @@ Deno.test("connect() reports a connection that was reset before the runtime coul
     Object.assign(Deno, { connect: rejected });
     const error = await rejectionOf(connect({ port: 8009 }));
     assert(error instanceof Deno.errors.ConnectionReset);
-    assertMatch(error.message, /^Cannot connect to 127\.0\.0\.1:8009: .*; the server may be about to end, try again$/);
+    assertMatch(error.message, /^Cannot connect to 127\.0\.0\.1:8009: transport .*; the server has reset the connection at once$/);
   } finally {
     Object.assign(Deno, { connect: dial });
   }

@@ -81,8 +81,8 @@ programTest("connect({ tls: { serverName } }) checks the certificate for that na
 programTest("connect({ tls: { alpnProtocols } }) asks for them, the best one first", async () => {
   await withTlsServer(async (port, { ca }) => {
     await using stream = await connect({ port, tls: { caCerts: [ca.cert], alpnProtocols: ["echo/1", "other"] } });
-    const { under } = stream;
-    assert("handshake" in under && typeof under.handshake === "function");
+    const { under } = stream.under;
+    assert(under !== undefined && "handshake" in under && typeof under.handshake === "function");
     assertEquals((await under.handshake()).alpnProtocol, "echo/1");
   });
 });

@@ -17,11 +17,27 @@ const PACKAGES: Record<string, string> = {
   nc: "netcat-openbsd",
   nginx: "nginx",
   openssl: "openssl",
+  promtool: "prometheus",
   python3: "python3",
   "redis-cli": "redis-tools",
   socat: "socat",
   "systemd-analyze": "systemd",
 };
+
+/** The names of `programs` that this machine lacks. */
+function missingOf(programs: readonly string[]): string[] {
+  if (Deno.permissions.querySync({ name: "run" }).state !== "granted") return [];
+  return programs.filter((program) =>
+    !new Deno.Command("which", { args: [program], stdout: "null" }).outputSync().success
+  );
+}
+
+/** A test with other programs, in a folder of its own. It is left out where one is missing; its name then says what to install. */
+export function peerTest(programs: readonly string[], name: string, fn: (folder: string) => Promise<void>): void {
+  const packages = missingOf(programs).map((program) => PACKAGES[program] ?? program);
+  if (packages.length === 0) return programTestIn(name, fn);
+  Deno.test({ name: `${name} (apt-get install ${packages.join(" ")})`, ignore: true, fn: () => {} });
+}
 
 export interface ProgramOptions {
   cwd?: string;
@@ -243,6 +259,47 @@ export function startScript(
   return Program.start(Deno.execPath(), denoArgs(script, args, permissions), options);
 }
 
+/** A running service.ts, on free ports of 127.0.0.1. */
+export class Service implements AsyncDisposable {
+  readonly program: Program;
+  readonly port: number;
+  readonly opsPort: number;
+
+  private constructor(program: Program, port: number, opsPort: number) {
+    this.program = program;
+    this.port = port;
+    this.opsPort = opsPort;
+  }
+
+  static async start(
+    args: string[] = [],
+    { port = 0, opsPort = 0, permissions = ["--allow-net=127.0.0.1"] } = {},
+  ): Promise<Service> {
+    const flags = ["--port", `${port}`, "--ops-port", `${opsPort}`, ...args];
+    const run = ["run", "--no-prompt", ...permissions, here("../docs/running/service.ts"), ...flags];
+    const program = Program.start(Deno.execPath(), run);
+    try {
+      const [, own, ops] = await program.printed(/"listening".*:(\d+)"\}\n.*"operators".*:(\d+)"\}\n/);
+      return new Service(program, Number(own), Number(ops));
+    } catch (error) {
+      await program[Symbol.asyncDispose]();
+      throw error;
+    }
+  }
+
+  /** The events that it has logged, without their time. */
+  get events(): Record<string, unknown>[] {
+    return this.program.stdout.trimEnd().split("\n").map((line) => {
+      const { time: _, ...event } = JSON.parse(line);
+      return event;
+    });
+  }
+
+  async [Symbol.asyncDispose](): Promise<void> {
+    await this.program[Symbol.asyncDispose]();
+  }
+}
+
 /** Runs one of the two scripts to its end, with `input` piped in. */
 export async function runScript(
   script: "server.ts" | "client.ts",
@@ -266,20 +323,29 @@ export function startPython(file: string, args: string[] = []): Program {
   return Program.start("python3", [here(`python/${file}`), ...args]);
 }
 
-/** One of the two scripts, by itself client.ts, on a terminal of its own. */
+/** What a terminal is like, and what runs on it. */
+export interface TerminalOptions {
+  columns?: number;
+  rows?: number;
+  script?: "server.ts" | "client.ts";
+  /** Runs this and not a script. */
+  command?: string[];
+  env?: Record<string, string>;
+}
+
+/** One of the two scripts, or another program, on a terminal of its own. */
 export class Terminal implements AsyncDisposable {
   readonly #program: Program;
   readonly #columns: number;
 
   constructor(
     args: string[],
-    columns = 80,
-    script: "server.ts" | "client.ts" = "client.ts",
-    env: Record<string, string> = {},
+    { columns = 80, rows = 24, script = "client.ts", command, env = {} }: TerminalOptions = {},
   ) {
-    const command = [Deno.execPath(), ...denoArgs(script, args, ["--allow-net=127.0.0.1"])];
-    this.#program = Program.start("python3", [here("python/pty_driver.py"), String(columns), ...command], { env });
-    this.#columns = columns;
+    const run = command ?? [Deno.execPath(), ...denoArgs(script, args, ["--allow-net=127.0.0.1"])];
+    const driver = [here("python/pty_driver.py"), `${columns}x${rows}`, ...run];
+    this.#program = Program.start("python3", driver, { env: { TERM: "xterm", ...env } });
+    this.#columns = columns || 80;
   }
 
   /** All that was shown, with what the terminal does not show. */

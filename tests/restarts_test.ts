@@ -4,7 +4,7 @@ import { assert, assertEquals } from "../deps.ts";
 import { connect, type SocketStream, StreamRequestHandler, TcpServer } from "../mod.ts";
 import { assertSameBytes, bytesOf, randomNumbers } from "./fake_conn.ts";
 import { networkTest, programTest, scaled } from "./testing.ts";
-import { Siege } from "./siege.ts";
+import { Siege } from "./faults/siege.ts";
 
 const SHUTDOWNS = scaled(6, 200);
 const CHAOS_SECONDS = scaled(4, 600);

@@ -1,5 +1,5 @@
 import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../deps.ts";
-import { connect, StreamRequestHandler, UnixServer } from "../mod.ts";
+import { connect, perHost, StreamRequestHandler, UnixServer } from "../mod.ts";
 import { programTestIn } from "./programs.ts";
 import { Echo, programTest, rejectionOf, unixTest } from "./testing.ts";
 
@@ -63,7 +63,7 @@ unixTest("UnixServer leaves a server that is alive alone", async (folder) => {
   const second = new UnixServer({ path }, Echo);
   const error = await rejectionOf(second.serveForever());
   assert(error instanceof Deno.errors.AddrInUse);
-  assertMatch(error.message, /echo\.sock: the address is in use; stop the program/);
+  assertMatch(error.message, /echo\.sock: address already in use; stop the program/);
   await assertServes(path);
 });
 
@@ -115,6 +115,39 @@ unixTest("UnixServer does not remove the file of its successor in the same proce
     await second.shutdown({ grace: 0 });
     await serving;
   }
+});
+
+unixTest("UnixServer waits with its file until the one that is closing at its path has gone", async (folder) => {
+  const path = `${folder}/a.sock`;
+  const first = new UnixServer({ path }, Echo);
+  await first.listen();
+  const served = first.serveForever();
+  await assertServes(path);
+  await new Promise((resolve) => setTimeout(resolve)); // Now it waits for the next one.
+  first.close();
+  Deno.removeSync(path); // The runtime removes what is there later, once the accept has let go of the socket.
+  await using second = new UnixServer({ path }, Echo);
+  await second.listen();
+  await served;
+  second.serveForever();
+  await assertServes(path);
+});
+
+unixTest("UnixServer that cannot give its file the mode leaves no socket behind", async (folder) => {
+  const path = `${folder}/a.sock`;
+  await using server = new UnixServer({ path, mode: 0o600 }, Echo);
+  const { chmodSync } = Deno;
+  Reflect.set(Deno, "chmodSync", () => {
+    throw new Deno.errors.PermissionDenied("Operation not permitted");
+  });
+  try {
+    await assertRejects(() => server.listen(), Deno.errors.PermissionDenied);
+  } finally {
+    Reflect.set(Deno, "chmodSync", chmodSync);
+  }
+  await server.listen();
+  server.serveForever();
+  await assertServes(path);
 });
 
 unixTest("of two UnixServers that start at once on a path that nobody answers on, one listens", async (folder) => {
@@ -200,9 +233,9 @@ if (Deno.build.os === "linux") {
   });
 }
 
-unixTest("UnixServer has no hosts for maxConnectionsPerHost to count", async (folder) => {
+unixTest("perHost() counts no client of a UnixServer, as it has no host", async (folder) => {
   const path = `${folder}/echo.sock`;
-  await using server = new UnixServer({ path }, Echo, { maxConnectionsPerHost: 1 });
+  await using server = new UnixServer({ path }, Echo, { filters: [perHost(1)] });
   await server.listen();
   server.serveForever();
   await using _client = await connect({ path });

@@ -57,7 +57,7 @@ export async function runStartUp(kit: Kit, { rounds }: Effort): Promise<Outcome>
 }
 
 function isPossible({ peer, transport }: Contender, kit: Kit): boolean {
-  return kit.has(peer.program) && (transport !== "tls" || kit.canTls);
+  return kit.has(peer.program) && (!transport.endsWith("tls") || kit.canTls);
 }
 
 type Run = (server: Server) => Promise<Report>;

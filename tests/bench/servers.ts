@@ -47,7 +47,7 @@ function pathOf(file: string): string {
   return new URL(`peers/${file}`, import.meta.url).pathname;
 }
 
-export type Transport = "tcp" | "unix" | "tls";
+export type Transport = "tcp" | "unix" | "tls" | "native-tls";
 
 /** A peer in a work. */
 export interface Contender {
@@ -80,13 +80,19 @@ export class Server implements AsyncDisposable {
   /** Resolves when the server listens; rejects if it does not. */
   static async start({ name, peer, service, transport, workers }: Contender, kit: Kit): Promise<Server> {
     const path = `${kit.folder}/${crypto.randomUUID()}`;
-    const where = { tcp: [], unix: ["unix", path], tls: ["tls", ...kit.certificate] }[transport];
+    const where = {
+      tcp: [],
+      unix: ["unix", path],
+      tls: ["tls", ...kit.certificate],
+      "native-tls": ["native-tls", ...kit.certificate],
+    }[transport];
     const threads = workers === undefined ? [] : ["workers", String(workers)];
     const cores = workers === undefined ? [SERVER_CORE] : [SERVER_CORE, LOAD_CORE];
     const process = kit.command([...await peer.command(kit), service, ...where, ...threads], ...cores).spawn();
     const port = await firstLine(process);
-    const loadArguments = { tcp: [`port=${port}`], unix: [`path=${path}`], tls: [`port=${port}`, "tls=1"] };
-    return new Server(name, process, loadArguments[transport]);
+    const loadArguments = transport === "unix" ? [`path=${path}`] : [`port=${port}`];
+    if (transport.endsWith("tls")) loadArguments.push("tls=1");
+    return new Server(name, process, loadArguments);
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

@@ -199,8 +199,8 @@ function deadlines(): Work {
   };
 }
 
-function over(transport: Transport): Contender[] {
-  return [contender(OURS, "recv", { transport }), contender(BARE, "echo", { transport })];
+function over(transport: Transport, theirs = transport): Contender[] {
+  return [contender(OURS, "recv", { transport }), contender(BARE, "echo", { transport: theirs })];
 }
 
 function datagrams(): Work {
@@ -273,7 +273,8 @@ export function allWorks(isQuick: boolean): Work[] {
     idle(),
     deadlines(),
     ...echoes("unix", "Unix socket", over("unix"), [0.95, 0.95]),
-    ...echoes("tls", "TLS", over("tls"), [0.95, 0.8]),
+    ...echoes("tls", "TLS, by the filter", over("tls"), [0.5, 0.35]),
+    ...echoes("native-tls", "TLS, by the runtime", over("native-tls", "tls"), [0.95, 0.6]),
     datagrams(),
     ...everyCore(),
     ...growth(isQuick),

@@ -85,5 +85,5 @@ readTest("upgrade() has the handshakeTimeout of servers by default", async () =>
   const source = await readProject("mod.ts");
   const { handshakeTimeout = "" } = Object.fromEntries(entriesOf(source, "SERVER"));
   assert(documented(source).includes(`handshakeTimeout: ${handshakeTimeout}`));
-  assert(source.includes("handshakeTimeout = SERVER_DEFAULTS.handshakeTimeout"));
+  assert(source.includes("{ handshakeTimeout: SERVER_DEFAULTS.handshakeTimeout }"));
 });

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs a program on a terminal of its own: pty_driver.py COLUMNS PROGRAM [ARGUMENT...]
+"""Runs a program on a terminal of its own: pty_driver.py COLUMNSxROWS PROGRAM [ARGUMENT...]
 
 What comes in on standard input is typed, what the program shows goes to standard
 output. When the program has ended, its exit code and whether it left the
@@ -15,9 +15,9 @@ import sys
 import termios
 import threading
 
-columns, program = int(sys.argv[1]), sys.argv[2:]
+(columns, rows), program = map(int, sys.argv[1].split("x")), sys.argv[2:]
 master, slave = pty.openpty()
-fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 before = termios.tcgetattr(slave)
 
 

@@ -1,6 +1,7 @@
 /**
- * The servers of `mod.ts`: `ours.ts SERVICE [unix PATH | tls CERT KEY | workers N]`
- * prints its port when it listens.
+ * The servers of `mod.ts` and its extras: `ours.ts SERVICE [unix PATH | tls CERT KEY |
+ * native-tls CERT KEY | workers N]` prints its port when it listens. The extras are loaded
+ * only where they serve, as they take time and memory.
  *
  * @module
  */
@@ -13,10 +14,9 @@ import {
   type StreamRequestHandlerClass,
   type StreamServer,
   TcpServer,
-  TlsServer,
+  type TcpServerAddress,
   UdpServer,
   UnixServer,
-  WorkerPool,
 } from "../../../mod.ts";
 
 const ADDRESS = { hostname: "127.0.0.1", port: 0 };
@@ -99,13 +99,17 @@ async function streamServer(service: string, transport = "tcp", file = "", keyFi
   const [Handler, options] = SERVICES[service] ?? [Recv];
   if (transport === "unix") return new UnixServer({ path: file }, Handler, options);
   if (transport === "tcp") return new TcpServer(ADDRESS, Handler, options);
+  const { NativeTlsServer, TlsServer } = await import("../../../extras/tls.ts");
+  const Server = transport === "native-tls" ? NativeTlsServer : TlsServer;
   const [cert, key] = await Promise.all([Deno.readTextFile(file), Deno.readTextFile(keyFile)]);
-  return new TlsServer({ ...ADDRESS, cert, key }, Handler, options);
+  return new Server({ ...ADDRESS, cert, key }, Handler, options);
 }
 
-function workerPool(service: string, workers: number): WorkerPool {
+async function workerPool(service: string, workers: number) {
+  const { WorkerPool } = await import("../../../extras/worker_pool.ts");
   const [Handler, options] = SERVICES[service] ?? [Recv];
-  return new WorkerPool(import.meta.url, () => new TcpServer(ADDRESS, Handler, options), { workers });
+  const makeServer = (address: TcpServerAddress) => new TcpServer(address, Handler, options);
+  return new WorkerPool(import.meta.url, makeServer, { ...ADDRESS, workers });
 }
 
 function serverOf(service: string, transport: string[]) {
@@ -116,7 +120,7 @@ function serverOf(service: string, transport: string[]) {
 
 const [service = "recv", ...transport] = Deno.args;
 const server = await serverOf(service, transport);
-const isWorker = server instanceof WorkerPool && server.isWorker;
+const isWorker = "isWorker" in server && server.isWorker;
 const address = await server.listen();
 if (!isWorker) console.log("port" in address ? address.port : 0);
 await server.serveForever();

@@ -1,0 +1,105 @@
+/**
+ * What the tests of the TLS extra share: servers and clients with the test's certificates, handlers that are named by
+ * what they do, and a count of descriptors.
+ *
+ * @module
+ */
+
+import { connect, type ServerOptions, type SocketStream, StreamRequestHandler } from "../../mod.ts";
+import type { StreamRequestHandlerClass } from "../../mod.ts";
+import { tlsClient, type TlsClientOptions, TlsServer, type TlsServerAddress, tlsSessionOf } from "../../extras/tls.ts";
+import { type Certificates, withCertificates } from "../certificates.ts";
+import { programTest } from "../testing.ts";
+
+export function tlsTest(name: string, test: (certificates: Certificates) => Promise<void>): void {
+  programTest(name, () => withCertificates(test));
+}
+
+export interface Setup extends ServerOptions {
+  address?: Partial<TlsServerAddress>;
+}
+
+/** A server that keeps what `handleError()` is given and prints nothing. */
+export class QuietTlsServer extends TlsServer {
+  readonly errors: Error[] = [];
+
+  override handleError(error: unknown) {
+    if (error instanceof Error) this.errors.push(error);
+  }
+}
+
+/** Serves until `test` is over. */
+export async function serving(
+  { server: { cert, key } }: Certificates,
+  Handler: StreamRequestHandlerClass,
+  test: (server: QuietTlsServer, port: number) => Promise<void>,
+  { address = {}, ...options }: Setup = {},
+): Promise<void> {
+  const server = new QuietTlsServer({ port: 0, cert, key, ...address }, Handler, options);
+  const { port } = server.listen();
+  const over = server.serveForever();
+  try {
+    await test(server, port);
+  } finally {
+    await server.shutdown();
+    await over;
+  }
+}
+
+/** A client that trusts the test's authority. */
+export function dial(
+  { ca }: Certificates,
+  port: number,
+  options: TlsClientOptions = {},
+  hostname = "127.0.0.1",
+): Promise<SocketStream> {
+  return connect({ hostname, port, timeout: 10_000, filters: [tlsClient({ caCerts: [ca.cert], ...options })] });
+}
+
+/** How many sockets this process has open. Another one has to look, as reading /proc takes all permissions. */
+export function openSockets(): number {
+  const look = new Deno.Command("sh", { args: ["-c", `readlink /proc/${Deno.pid}/fd/*`], stderr: "null" });
+  const targets = new TextDecoder().decode(look.outputSync().stdout).split("\n");
+  return targets.filter((target) => target.startsWith("socket:")).length;
+}
+
+/** Sends what it is sent, and says how its stream has ended. */
+export class Watched extends StreamRequestHandler {
+  static seen: SocketStream[] = [];
+  static ends: string[] = [];
+
+  static forget(): void {
+    Watched.seen = [];
+    Watched.ends = [];
+  }
+
+  override async handle() {
+    Watched.seen.push(this.request);
+    try {
+      for await (const data of this.request) await this.request.send(data);
+      Watched.ends.push(tlsSessionOf(this.request)?.truncated ? "truncated" : "ended");
+      await this.request.send("goodbye\n");
+    } catch (error) {
+      Watched.ends.push(error instanceof Error ? error.name : "unknown");
+    }
+  }
+}
+
+/** Says the name in the client's certificate. */
+export class Who extends StreamRequestHandler {
+  static handlers = 0;
+
+  override async handle() {
+    Who.handlers++;
+    await this.request.send(`${tlsSessionOf(this.request)?.peerCertificate?.commonName}\n`);
+  }
+}
+
+/** The start of a Python client that does not check the certificate: `raw` is its socket, `tls` the one over it. */
+export function pythonClient(port: number): string {
+  return `
+import socket, ssl, struct, sys
+raw = socket.create_connection(("127.0.0.1", ${port}))
+tls = ssl._create_unverified_context().wrap_socket(raw, suppress_ragged_eofs=False)
+`;
+}
