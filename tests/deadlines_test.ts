@@ -287,6 +287,13 @@ Deno.test("a write that the peer does not take within the timeout rejects, and c
   stream.close();
 });
 
+Deno.test("a closeWrite() that the connection does not take within the timeout rejects, and closes the stream", async () => {
+  const conn = new FakeConn().holdWrites();
+  const stream = new SocketStream(conn, { timeout: SHORT_MS });
+  assert(await keptAlive(rejectionOf(stream.closeWrite())) instanceof Deno.errors.TimedOut);
+  assert(conn.isClosed);
+});
+
 Deno.test("a write that times out ends all calls that wait: other writes and the read", async () => {
   const conn = new FakeConn().holdWrites();
   const stream = new SocketStream(conn, { timeout: SHORT_MS, highWaterMark: 2 });

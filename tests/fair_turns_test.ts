@@ -111,6 +111,21 @@ Deno.test("a stream that always has something to read does not get ahead of the 
   });
 });
 
+Deno.test("the queue moves on from turn to turn, and waits for no timer, as long as streams have something to read", async () => {
+  await withCrowd(async (crowd) => {
+    const messages = 20;
+    for (const { conn } of crowd) for (let count = 0; count < messages; count++) conn.give("x");
+    let [left, turns] = [CROWD, 0];
+    const readers = crowd.map(async ({ stream }) => {
+      for (let count = 0; count < messages; count++) await stream.readExactly(1);
+      left--;
+    });
+    for (; left > 0; turns++) await new Promise<void>((resolve) => setImmediate(resolve));
+    await Promise.all(readers);
+    assert(turns < 1_000, `it took ${turns} turns`); // It takes thousands if a timer lets it move on.
+  });
+});
+
 for (
   const [what, leave, name] of [
     ["are closed", ({ stream }: Member) => stream.close(), "BadResource"],

@@ -346,6 +346,23 @@ for (const [how, next, end] of ENDS) {
   });
 }
 
+Deno.test("what a filter gives to onEnd() after the end of its connection runs at once", async () => {
+  const gate = Promise.withResolvers<void>();
+  let released = 0;
+  const late: ConnectionFilter = async (conn, { onEnd }) => {
+    await gate.promise;
+    onEnd(() => released++);
+    return conn;
+  };
+  await withFilters([late], async ({ time, give }) => {
+    await give(new FakeTcpConn());
+    await time.advance(5_000);
+    gate.resolve();
+    await turnEnd();
+    assertEquals(released, 1);
+  });
+});
+
 // Notices
 
 Deno.test("failed handshakes are printed once a second at most, with a count of those left out", async () => {

@@ -235,6 +235,46 @@ Deno.test("a read that waited with bytes in the buffer loses none when the buffe
   stream.close();
 });
 
+Deno.test("lines that were decoded ahead are forgotten when other reads take their bytes", async () => {
+  const conn = new FakeConn().give("a\nb\n");
+  const stream = new SocketStream(conn);
+  assertEquals(await stream.readLine(), "a");
+  const into = new Uint8Array(2);
+  assertEquals([await stream.read(into), textOf(into)], [2, "b\n"]);
+  conn.give("zzq\n");
+  await stream.peek(4); // They lie where the others lay.
+  assertEquals([await stream.read(into), textOf(into)], [2, "zz"]);
+  assertEquals(await stream.readLine(), "q");
+  stream.close();
+});
+
+for (const kept of [10, 56, 100, 128, 200]) {
+  Deno.test(`the ${kept} bytes of a half line at the end of a full buffer stay what they are when they are moved`, async () => {
+    const first = "x".repeat(256 - kept - 1);
+    const conn = new FakeConn().give(`${first}\n${"y".repeat(kept)}`);
+    const stream = new SocketStream(conn);
+    assertEquals(await stream.readLine(), first);
+    const line = stream.readLine();
+    await turnEnd();
+    conn.give("z\n");
+    assertEquals(await line, `${"y".repeat(kept)}z`);
+    stream.close();
+  });
+}
+
+Deno.test("the buffer of a connection that has become slow shrinks again", async () => {
+  const conn = new FakeConn().give(pattern(1 << 20));
+  const stream = new SocketStream(conn);
+  await stream.readExactly(1 << 20);
+  let size = Infinity;
+  for (let count = 0; count < 40; count++) {
+    conn.give(pattern(1_000));
+    size = (await stream.recv())?.buffer.byteLength ?? Infinity;
+  }
+  assert(size <= 8_192, `${size} bytes`);
+  stream.close();
+});
+
 Deno.test("bytesRead counts what came, also what waits to be read", async () => {
   const conn = new FakeConn().give("abcdef");
   const stream = new SocketStream(conn);

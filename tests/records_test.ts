@@ -91,6 +91,13 @@ for (const end of ["\n", "\r\n"]) {
   });
 }
 
+Deno.test("a line over the limit is refused behind a short one that came with it", async () => {
+  const stream = new SocketStream(new FakeConn().give("ab\nfar too long\nc\n").end(), { limit: 4 });
+  assertEquals(await stream.readLine(), "ab");
+  await assertRejects(() => stream.readLine(), LimitOverrunError);
+  stream.close();
+});
+
 Deno.test("a last line without an end is refused as well when it is over the limit", async () => {
   const stream = new SocketStream(new FakeConn().give("abcd").end(), { limit: 4 });
   assertEquals(await stream.readLine(), "abcd");

@@ -1,8 +1,9 @@
 /** `close()`: the end of a server now. */
 
-import { assert, assertEquals } from "../deps.ts";
+import { assert, assertEquals, fail } from "../deps.ts";
 import { type ConnectionReport, StreamRequestHandler, TcpServer } from "../mod.ts";
 import { FakeTcpConn } from "./fake_conn.ts";
+import { withFakeTime } from "./fake_time.ts";
 import { onStage } from "./stage.ts";
 import { Echo, FakeListener, FakeServer } from "./testing.ts";
 
@@ -20,6 +21,31 @@ Deno.test("close() cuts everything off, and serveForever() resolves", async () =
     server.close();
     assertEquals([conn.isClosed, server.signal.aborted, server.outcomes], [true, true, ["cut"]]);
     await time.advanceUntil(serving, 300);
+  });
+});
+
+Deno.test("a client that connects in the moment of close() is closed, and not served", async () => {
+  await onStage(Endless, {}, async ({ server, time, serving, listener }) => {
+    const conn = new FakeTcpConn();
+    server.verifyRequest = () => fail("it was served");
+    listener.give(conn);
+    server.close();
+    await time.advanceUntil(serving, 300);
+    assertEquals([conn.isClosed, server.outcomes, server.errors], [true, [], []]);
+  });
+});
+
+Deno.test("close() ends a handleRequest() that waits out an exhaustion, at once", async () => {
+  await withFakeTime(async (time) => {
+    const exhausted = Object.assign(new Error("Too many open files (os error 24)"), { code: "EMFILE" });
+    const listener = new FakeListener(Array(1_000).fill(exhausted));
+    const server = new FakeServer(listener);
+    server.handleOverload = () => {};
+    const handling = server.handleRequest();
+    await time.advance(5_000);
+    server.close();
+    await time.advanceUntil(Promise.all([handling, server.shutdown()]), 250);
+    assert(listener.closed);
   });
 });
 

@@ -4,7 +4,7 @@ import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "
 import { BaseServer, connect, StreamServer, TcpServer } from "../mod.ts";
 import { FakeTcpConn, turnEnd } from "./fake_conn.ts";
 import { freePort } from "./programs.ts";
-import { Echo, FakeListener, FakeServer, networkTest, rejectionOf, withServer } from "./testing.ts";
+import { countListeners, Echo, FakeListener, FakeServer, networkTest, rejectionOf, withServer } from "./testing.ts";
 
 Deno.test("a server that is constructed opens nothing and calls no hook", () => {
   class Strict extends TcpServer {
@@ -107,6 +107,21 @@ networkTest("loadBalanced lets two servers of a process share a port", async () 
   await using client = await connect({ port });
   await client.send("shared\n");
   assertEquals(await client.readLine(), "shared");
+});
+
+Deno.test("serveForever() leaves no listener on its signal", async () => {
+  for (const end of ["close", "shutdown"] as const) {
+    const { signal } = new AbortController();
+    const listeners = countListeners(signal);
+    const listener = new FakeListener([]);
+    const server = new FakeServer(listener);
+    const serving = server.serveForever({ signal });
+    await listener.drained;
+    assertEquals(listeners(), 1);
+    server[end]();
+    await serving;
+    assertEquals(listeners(), 0);
+  }
 });
 
 // One request at a time

@@ -72,6 +72,32 @@ Deno.test("a read(into) that close() ends rejects no earlier than nothing can be
   assert(conn.isClosed);
 });
 
+Deno.test("bytes that come after close() answer no read, and are not counted", async () => {
+  const conn = new FakeConn().holdWrites();
+  const stream = new SocketStream(conn);
+  const reading = rejectionOf(stream.read(new Uint8Array(8)));
+  stream.write("abc");
+  stream.close();
+  conn.give("late");
+  assert(await reading instanceof Deno.errors.BadResource);
+  assertEquals(stream.bytesRead, 0);
+  conn.releaseWrites();
+  await conn.whenClosed;
+});
+
+Deno.test("close() right after closeWrite() of nothing still sends the end", async () => {
+  const conn = new FakeConn().holdWrites();
+  const stream = new SocketStream(conn);
+  const ended = stream.closeWrite();
+  stream.close();
+  await turnEnd();
+  assert(!conn.isClosed);
+  conn.releaseWrites();
+  await ended;
+  await conn.whenClosed;
+  assertEquals(conn.calls, ["closeWrite()", "close()"]);
+});
+
 Deno.test('"using" closes the stream', () => {
   const conn = new FakeConn();
   {
