@@ -89,6 +89,20 @@ Deno.test("connect() takes a connection to itself for a refused one, closes it, 
   await turnEnd();
 });
 
+Deno.test("connect() sends small writes at once, and with noDelay: false as the system does", async () => {
+  const dial = Deno.connect;
+  for (const noDelay of [undefined, true, false]) {
+    const conn = new FakeTcpConn();
+    Object.assign(Deno, { connect: () => Promise.resolve(conn) });
+    try {
+      (await connect({ port: 8009, noDelay })).close();
+    } finally {
+      Object.assign(Deno, { connect: dial });
+    }
+    assertEquals(conn.calls, noDelay === false ? ["close()"] : ["setNoDelay(true)", "close()"]);
+  }
+});
+
 /** Dials a dead port, which one dial of four has for its own; prints the names of the errors. */
 const DIALS = `
 import { connect } from ${JSON.stringify(import.meta.resolve("../mod.ts"))};

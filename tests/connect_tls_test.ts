@@ -242,6 +242,25 @@ networkTest("what a filter of connect() gave to onEnd() runs once the stream is 
   });
 });
 
+Deno.test("a dial that succeeds after connect() gave up is closed", async () => {
+  const dial = Deno.connect;
+  const gate = Promise.withResolvers<void>();
+  const dialled = new FakeTcpConn();
+  Object.assign(Deno, { connect: () => gate.promise.then(() => dialled) });
+  try {
+    await withFakeTime(async (time) => {
+      const failed = rejectionOf(connect({ path: "/run/late.sock", timeout: 1_000 }));
+      await time.advance(1_000);
+      assert(await failed instanceof Deno.errors.TimedOut);
+      gate.resolve();
+      await turnEnd();
+      assert(dialled.isClosed);
+    });
+  } finally {
+    Object.assign(Deno, { connect: dial });
+  }
+});
+
 Deno.test("a filter's connection that comes after connect() gave up is closed", async () => {
   const dial = Deno.connect;
   const gate = Promise.withResolvers<void>();

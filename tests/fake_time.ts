@@ -38,6 +38,7 @@ export class FakeTime {
   }
 
   set(callback: () => void, ms: number, interval?: number): number {
+    if (ms >= 2 ** 31) throw new RangeError(`The runtime would fire a timer of ${ms} ms at once`);
     this.#timers.set(this.#nextId, { at: this.#now + Math.max(ms, 0), callback, interval });
     return this.#nextId++;
   }
