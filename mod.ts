@@ -51,7 +51,7 @@
  * | `setup()`, `handle()` | handler | is open until `handle()` closes it |
  * | `finish()` | handler | is as `handle()` left it; runs whenever `setup()` succeeded |
  * | `handleError()` | server | is as the handler left it; runs only after an error |
- * | `handleClose()` | server | is closed; everything buffered was sent before |
+ * | `handleClose()` | server | is closed |
  *
  * Units are milliseconds and bytes. Memory is bounded: a line and a frame by `limit`,
  * buffered writes by `highWaterMark`. A forgotten promise of a stream's method never
@@ -104,13 +104,19 @@ export class LimitOverrunError extends Error {
   }
 }
 
-/** The same class and `code` as `error`, under another message. */
+/** The same class and `code` as `error`, under another message; a class of the program's own stays as it is. */
 function restate(error: unknown, message: string): Error {
   const code = errorCode(error);
+  if (error instanceof Error && !isRuntimeClass(error.constructor)) return error;
   // The runtime asks a new connection for its peer, which a reset has taken away by then.
   const Kind = code === "ENOTCONN" ? Deno.errors.ConnectionReset : error instanceof Error ? error.constructor : Error;
   const restated: Error = Reflect.construct(Kind, [message, { cause: error }]);
   return code === "" ? restated : Object.assign(restated, { code });
+}
+
+/** Whether `Class` takes a message and a cause. */
+function isRuntimeClass(Class: unknown): boolean {
+  return [Error, TypeError, RangeError, URIError, ...Object.values<unknown>(Deno.errors)].includes(Class);
 }
 
 /** Controls (C0, C1), invisible and direction-changing characters, line ends, lone surrogates. */
@@ -169,24 +175,44 @@ const CONTINUES = /^( |[}\])]+$|$)/;
 /** The least time between two notices. */
 const NOTICE_INTERVAL_MS = 1_000;
 
-/** Prints one line a second at most, so that a port scanner cannot fill a log. */
-class Notices {
-  #printedAt = -Infinity;
-  #skipped = 0;
+let noticedAt = -Infinity;
+let unprinted = 0;
 
-  print(line: string): void {
-    const now = performance.now();
-    if (now - this.#printedAt < NOTICE_INTERVAL_MS) return void this.#skipped++;
-    const more = this.#skipped === 0 ? "" : ` (${this.#skipped} similar lines were left out before)`;
-    this.#printedAt = now;
-    this.#skipped = 0;
-    console.error("%s", line + more);
+/** Prints one line a second at most, so that a port scanner cannot fill a log. */
+function printNotice(line: string): void {
+  const now = performance.now();
+  if (now - noticedAt < NOTICE_INTERVAL_MS) return void unprinted++;
+  const more = unprinted === 0 ? "" : ` (${unprinted} similar lines were left out before)`;
+  noticedAt = now;
+  unprinted = 0;
+  console.error("%s", line + more);
+}
+
+function ignore(): void {}
+
+/** The functions that filters want to be called at the end of their connection; afterwards, at once. */
+class Releases {
+  #waiting: (() => void)[] | undefined;
+  #isOver = false;
+
+  add(release: () => void): void {
+    if (this.#isOver) callRelease(release);
+    else (this.#waiting ??= []).push(release);
+  }
+
+  callAll(): void {
+    this.#isOver = true;
+    this.#waiting?.splice(0).forEach(callRelease);
   }
 }
 
-const notices = new Notices();
-
-function ignore(): void {}
+function callRelease(release: () => void): void {
+  try {
+    release();
+  } catch (error) {
+    printError("Error in onEnd() of a filter:", error);
+  }
+}
 
 /** Marks `promise` as handled, so that a caller may forget it: its error also meets the next call on the stream. */
 function forgettable<T>(promise: Promise<T>): Promise<T> {
@@ -328,7 +354,7 @@ export interface ConnectTlsOptions {
 }
 
 /** Options of {@linkcode connect}, besides the address. */
-export interface DialOptions extends StreamOptions {
+export interface DialOptions extends StreamOptions, Pick<ServerOptions, "noDelay"> {
   /**
    * Milliseconds that each try may take, and then that each read or write of the stream
    * may wait, as in Python's `create_connection`; above 0, `Infinity` for ever.
@@ -344,7 +370,8 @@ export interface DialOptions extends StreamOptions {
   retries?: number | undefined;
   /**
    * Whether the connection is encrypted, and how it is checked. The handshake is part of
-   * the try.
+   * the try. A server that stalls in it keeps one descriptor for each try until it leaves:
+   * the runtime frees none before.
    * @default {false}
    */
   tls?: boolean | ConnectTlsOptions | undefined;
@@ -353,11 +380,6 @@ export interface DialOptions extends StreamOptions {
    * @default {[]}
    */
   filters?: readonly ConnectionFilter[] | undefined;
-  /**
-   * Whether small writes are sent at once (`TCP_NODELAY`).
-   * @default {true}
-   */
-  noDelay?: boolean | undefined;
   /** Ends the tries and the waits between them; the promise rejects with its reason. */
   signal?: AbortSignal | undefined;
 }
@@ -436,18 +458,15 @@ function resolveOptions<T extends object>(defaults: T, options: { [K in keyof T]
   return { ...defaults, ...Object.fromEntries(given) };
 }
 
-/** Resolved options: a server gives the same ones to each of its streams. */
-const resolvedStreamOptions = new WeakSet<StreamOptions>();
+/** Resolved options, by themselves: a server gives the same ones to each of its streams. */
+const resolvedStreamOptions = new WeakMap<StreamOptions, StreamSettings>();
 
 function resolveStreamOptions(options: StreamOptions): StreamSettings {
-  if (isResolved(options)) return options;
+  const known = resolvedStreamOptions.get(options);
+  if (known !== undefined) return known;
   const resolved = resolveOptions(STREAM_DEFAULTS, options);
-  resolvedStreamOptions.add(resolved);
+  resolvedStreamOptions.set(resolved, resolved);
   return resolved;
-}
-
-function isResolved(options: StreamOptions): options is StreamSettings {
-  return resolvedStreamOptions.has(options);
 }
 
 function resolveFrameOptions(options: FrameOptions): FrameFormat {
@@ -901,9 +920,7 @@ const STALL_MS = 1;
  * fewer streams than the budget nobody queues.
  */
 class Turnstile {
-  #waiting: { takeTurn(): void }[] = [];
-  /** Where the queue begins in `#waiting`. */
-  #first = 0;
+  readonly #waiting: { takeTurn(): void }[] = [];
   /** Reads that completed in this turn. */
   #completed = 0;
   /** Whether the queue has moved since the last check. */
@@ -944,13 +961,7 @@ class Turnstile {
   };
 
   #letGo(count: number): void {
-    const going = this.#waiting.slice(this.#first, this.#first + count);
-    this.#first += going.length;
-    if (this.#first > this.#waiting.length >> 1) {
-      this.#waiting = this.#waiting.slice(this.#first);
-      this.#first = 0;
-    }
-    for (const taker of going) taker.takeTurn();
+    for (const taker of this.#waiting.splice(0, count)) taker.takeTurn();
   }
 }
 
@@ -1329,7 +1340,7 @@ class Output {
   #blockLength = 0;
   #text = "";
   #waiters: SendWaiter[] | undefined;
-  #ending: Promise<void> | undefined;
+  #ending: PromiseWithResolvers<void> | undefined;
   #isEnding = false;
   #isHeld = false;
   #isScheduled = false;
@@ -1345,8 +1356,7 @@ class Output {
   }
 
   get buffered(): number {
-    this.#encodeText();
-    return this.#taken - this.#sent;
+    return this.#taken - this.#sent + encoder.encode(this.#text).length;
   }
 
   /** Whether nothing waits to leave. */
@@ -1391,23 +1401,25 @@ class Output {
   closeWrite(): Promise<void> {
     const refusal = this.#ending === undefined ? this.refusal("closeWrite()") : this.failure;
     if (refusal !== undefined) return rejection(refusal);
-    return this.#ending ??= forgettable(this.#end());
+    if (this.#ending === undefined) {
+      this.#ending = Promise.withResolvers();
+      forgettable(this.#ending.promise);
+      this.#isEnding = true;
+      this.#end(this.#ending).catch((error) => this.#failWith(error));
+    }
+    return this.#ending.promise;
   }
 
-  async #end(): Promise<void> {
-    this.#isEnding = true;
+  async #end({ resolve }: PromiseWithResolvers<void>): Promise<void> {
     await this.flush();
-    try {
-      await this.#conn.closeWrite();
-      this.#isEnding = false;
-    } catch (error) {
-      throw this.#failWith(error);
-    }
+    await this.#conn.closeWrite();
+    this.#isEnding = false;
+    resolve();
   }
 
   /** Resolves when everything has left, the end included. */
   finish(): Promise<void> {
-    return this.#ending ?? this.flush();
+    return this.#ending?.promise ?? this.flush();
   }
 
   /** Sends all and refuses more until `goOn()`. */
@@ -1442,6 +1454,7 @@ class Output {
     this.#queue = undefined;
     this.#text = "";
     this.#isEnding = false;
+    this.#ending?.reject(error);
     if (this.#writing !== undefined) forgettable(this.#writing);
     for (const { promise, reject } of this.#waiters ?? []) {
       forgettable(promise);
@@ -1700,7 +1713,7 @@ class Transport implements Watched {
   #lingering: Promise<void> | undefined;
   /** The server drains: a wait for a new message reads the end; when it is late, also if an answer is owed. */
   #draining: "no" | "soon" | "late" = "no";
-  #releases: (() => void)[] | undefined;
+  #releases: Releases | undefined;
 
   constructor(conn: StreamConn, settings: StreamSettings) {
     this.conn = conn;
@@ -1730,15 +1743,13 @@ class Transport implements Watched {
     return this.#failure instanceof Deno.errors.TimedOut;
   }
 
+  get releases(): Releases {
+    return this.#releases ??= new Releases();
+  }
+
   /** Whether a call of this very stream has rejected with `error`. */
   hasRaised(error: unknown): boolean {
     return error instanceof Error && (error === this.output.failure || this.#raised?.has(error) === true);
-  }
-
-  /** Calls `release` once it is closed. */
-  onEnd(release: () => void): void {
-    if (this.#isClosed) release();
-    else (this.#releases ??= []).push(release);
   }
 
   recv(maxBytes: number): Promise<Bytes | null> {
@@ -1905,11 +1916,12 @@ class Transport implements Watched {
     try {
       await unlessAborted(this.output.hold(), controller.signal);
       const filtered = { conn: this.conn };
-      const context = { signal: controller.signal, onEnd: (release: () => void) => this.onEnd(release) };
+      const context = { signal: controller.signal, onEnd: (release: () => void) => this.releases.add(release) };
       const passed = Promise.try(() => runFilters([filter], filtered, context));
       if (!await unlessAborted(passed, controller.signal)) {
         throw new Deno.errors.ConnectionAborted("Cannot upgrade(): the filter has refused the connection");
       }
+      if (this.#isClosed) closeQuietly(filtered.conn); // It was closed in the same moment.
       this.#pending = undefined;
       this.conn = filtered.conn;
       this.output.goOn(filtered.conn);
@@ -1971,7 +1983,7 @@ class Transport implements Watched {
     if (!this.output.isIdle) this.output.fail(error ?? this.#closedError());
     deadlines.unwatch(this);
     closeQuietly(this.conn);
-    for (const release of this.#releases?.splice(0) ?? []) release();
+    this.releases.callAll();
   }
 
   /** Takes no more calls. A read into a caller's array rejects when the connection has let go of it. */
@@ -2151,6 +2163,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * if a shutdown has ended the stream, until the handler is done.
    */
   read(into: Uint8Array): Promise<number | null> {
+    if (!(into instanceof Uint8Array)) return rejection(new TypeError(`Cannot read() into ${Deno.inspect(into)}`));
     if (into.length === 0) {
       return rejection(new RangeError("Cannot read() into an empty array: a loop over it would spin"));
     }
@@ -2192,7 +2205,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   readUntil(
     delimiter: Uint8Array | string | readonly (Uint8Array | string)[],
   ): Promise<Uint8Array<ArrayBuffer> | null> {
-    const given = typeof delimiter === "string" || delimiter instanceof Uint8Array ? [delimiter] : delimiter;
+    const given = Array.isArray(delimiter) ? delimiter : [delimiter];
+    const mistake = given.map((one) => checkData("readUntil()", one)).find((mistake) => mistake !== undefined);
+    if (mistake !== undefined) return rejection(mistake);
     const delimiters = given.map((one) => bytesOf(one).slice());
     if (delimiters.length === 0 || delimiters.some(({ length }) => length === 0)) {
       return rejection(new RangeError("Cannot readUntil() an empty delimiter"));
@@ -2257,8 +2272,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
   /**
    * Buffers `data`. It leaves when the handler waits for input, or at the end of this
-   * turn of the event loop, so many small writes become few large ones. Text is put
-   * together before it is encoded: a character cut in two by two writes arrives whole.
+   * turn of the event loop, so many small writes become few large ones.
    *
    * @param data Bytes, left alone until the promise settles, or text as UTF-8.
    * @returns Resolves at once, or, if more than `highWaterMark` bytes wait, once the kernel
@@ -2323,8 +2337,8 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   /**
    * Closes both sides; pending and later calls reject with `Deno.errors.BadResource`.
    * Buffered bytes are still sent as long as the peer takes them. If it takes none for
-   * `timeout`, or for 30 s if that is longer, they are dropped. A second call does
-   * nothing. `await using` waits for the bytes.
+   * `timeout`, but 30 s at most, they are dropped. A second call does nothing. `await
+   * using` waits for the bytes.
    */
   close(): void {
     this.#transport.close();
@@ -2463,6 +2477,7 @@ function runFilters(
   for (const [index, filter] of filters.entries()) {
     const next = filter(filtered.conn, context);
     if (next === null) return false;
+    if (typeof next !== "object") throw new TypeError(`A filter must give a connection or null: it has given ${next}`);
     if ("then" in next) {
       return next.then((conn) => {
         if (conn !== null && context.signal.aborted) closeQuietly(conn); // It comes too late.
@@ -2570,12 +2585,12 @@ class PairConn implements StreamConn {
 
   constructor(readonly incoming: Pipe, readonly outgoing: Pipe) {}
 
-  async read(into: Uint8Array): Promise<number | null> {
-    return await this.#whenever(this.incoming, () => this.incoming.take(into));
+  read(into: Uint8Array): Promise<number | null> {
+    return this.#whenever(this.incoming, () => this.incoming.take(into));
   }
 
-  async write(data: Uint8Array): Promise<number> {
-    return await this.#whenever(this.outgoing, () => this.outgoing.put(data));
+  write(data: Uint8Array): Promise<number> {
+    return this.#whenever(this.outgoing, () => this.outgoing.put(data));
   }
 
   /** Tries again whenever `pipe` changes; rejects as a socket does if this end is closed meanwhile. */
@@ -2736,21 +2751,22 @@ async function dial(
 /** Dials, runs the filters and the TLS handshake, and makes the stream. */
 async function open(address: DialAddress, settings: DialSettings, signal: AbortSignal): Promise<SocketStream> {
   const filtered: Filtered = { conn: await dialConn(address, settings.noDelay, signal) };
-  const releases: (() => void)[] = [];
+  const releases = new Releases();
   const end = () => {
     closeQuietly(filtered.conn);
-    for (const release of releases.splice(0)) release();
+    releases.callAll();
   };
   signal.addEventListener("abort", end); // Filters may wait for the peer.
   try {
     const hostname = "hostname" in address ? address.hostname : undefined;
-    const context = { signal, hostname, onEnd: (release: () => void) => void releases.push(release) };
+    const context = { signal, hostname, onEnd: (release: () => void) => releases.add(release) };
     if (!await runFilters(settings.filters, filtered, context)) {
       throw new Deno.errors.ConnectionAborted("a filter has refused the connection");
     }
-    if (settings.tls !== false) await startTls(filtered, settings.tls === true ? {} : settings.tls, hostname ?? "");
+    const tls = settings.tls === true ? {} : settings.tls;
+    if (tls !== false) await startTls(filtered, tls, hostname ?? "", signal);
     const stream = new SocketStream(filtered.conn, streamSettings(settings));
-    for (const release of releases) transportOf(stream).onEnd(release);
+    transportOf(stream).releases.add(() => releases.callAll());
     return stream;
   } catch (error) {
     end();
@@ -2777,7 +2793,12 @@ function isSelf({ localAddr, remoteAddr }: Deno.TcpConn): boolean {
   return localAddr.port === remoteAddr.port && localAddr.hostname === remoteAddr.hostname;
 }
 
-async function startTls(filtered: Filtered, options: ConnectTlsOptions, hostname: string): Promise<void> {
+async function startTls(
+  filtered: Filtered,
+  options: ConnectTlsOptions,
+  hostname: string,
+  signal: AbortSignal,
+): Promise<void> {
   const defaults: Resolved<ConnectTlsOptions> = { caCerts: [], serverName: hostname, alpnProtocols: [] };
   const { caCerts, serverName, alpnProtocols } = resolveOptions(defaults, options);
   const { conn } = filtered;
@@ -2789,6 +2810,7 @@ async function startTls(filtered: Filtered, options: ConnectTlsOptions, hostname
   try {
     const encrypted = await Deno.startTls(conn, { hostname: serverName, caCerts, alpnProtocols });
     filtered.conn = withAddresses(encrypted, conn);
+    signal.throwIfAborted(); // The consumed connection may have been closed meanwhile.
     await encrypted.handshake();
   } catch (error) {
     throw restate(error, `the TLS handshake failed: ${systemWords(error)}`);
@@ -2990,14 +3012,6 @@ export interface Listener<Arrival> {
   close(): void | Promise<void>;
 }
 
-/** The events that an acceptor reports. */
-interface AcceptorEvents {
-  /** A client left before it was accepted. */
-  onLost(): void;
-  /** The system is out of descriptors or memory. */
-  onOverload(error: unknown): void;
-}
-
 /**
  * A mailbox around a listener. An accept that is under way cannot be cancelled, so
  * what has arrived stays here until it is taken: a caller that stops waiting loses
@@ -3015,7 +3029,12 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
   #overloadWait = 0;
   #count = 0;
 
-  constructor(readonly listener: Listener<Arrival>, readonly events: AcceptorEvents) {}
+  /** Calls `onLost` for each client that left before it was accepted, and `onOverload` when the system is out of something. */
+  constructor(
+    readonly listener: Listener<Arrival>,
+    readonly onLost: () => void,
+    readonly onOverload: (error: unknown) => void,
+  ) {}
 
   /** Resolves when there is something to take, or nothing will be any more; the same promise until it is taken. */
   arrival(): Promise<void> {
@@ -3071,7 +3090,7 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
 
   #accept(): Promise<void> {
     if (this.#isOver) return DONE;
-    return this.listener.accept().then(this.#receive, this.#rideOut);
+    return Promise.try(() => this.listener.accept()).then(this.#receive, this.#rideOut);
   }
 
   readonly #receive = (arrival: Arrival): void => {
@@ -3086,10 +3105,10 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
         this.#isOver = true;
         return;
       case "peer":
-        this.events.onLost();
+        this.onLost();
         break;
       case "overload":
-        this.events.onOverload(error);
+        this.onOverload(error);
         await this.#waitOut();
         break;
       case "fatal":
@@ -3133,8 +3152,8 @@ abstract class Session<Request extends Traffic> {
   outcome: Outcome | "refused" | "handshakeFailed" = "finished";
   request: Request | undefined;
   #controller: AbortController | undefined;
-  #releases: (() => void)[] | undefined;
-  #isOver = false;
+  #abortReason: unknown;
+  #releases: Releases | undefined;
 
   /** Its arrival, in the time of `performance.now()`. */
   constructor(readonly since: number) {}
@@ -3166,23 +3185,22 @@ abstract class Session<Request extends Traffic> {
     return this.outcome === "cut";
   }
 
+  get releases(): Releases {
+    return this.#releases ??= new Releases();
+  }
+
   /** The handler's signal, made when it is asked for. */
   get signal(): AbortSignal {
-    return (this.#controller ??= new AbortController()).signal;
+    if (this.#controller === undefined) {
+      this.#controller = new AbortController();
+      if (this.#abortReason !== undefined) this.#controller.abort(this.#abortReason);
+    }
+    return this.#controller.signal;
   }
 
   abort(reason: unknown): void {
+    this.#abortReason ??= reason;
     this.#controller?.abort(reason);
-  }
-
-  onEnd(release: () => void): void {
-    if (this.#isOver) release();
-    else (this.#releases ??= []).push(release);
-  }
-
-  release(): void {
-    this.#isOver = true;
-    for (const release of this.#releases?.splice(0) ?? []) release();
   }
 }
 
@@ -3217,7 +3235,7 @@ class StreamSession extends Session<SocketStream> {
     const { filters } = this.#settings;
     if (filters.length === 0) return this.#makeRequest(true);
     const controller = this.#handshake = new AbortController();
-    const context = { signal: controller.signal, onEnd: (release: () => void) => this.onEnd(release) };
+    const context = { signal: controller.signal, onEnd: (release: () => void) => this.releases.add(release) };
     const passed = runFilters(filters, this, context);
     const waiting = pending(passed);
     return waiting === undefined ? this.#makeRequest(passed === true) : this.#awaitFilters(waiting, controller);
@@ -3293,7 +3311,7 @@ export interface ServerStats extends Traffic {
   readonly aborted: number;
   /** Requests that ended by a deadline. */
   readonly timedOut: number;
-  /** Errors that handlers or hooks threw, besides those. */
+  /** Errors that handlers or hooks threw, besides those; one request may count twice. */
   readonly errors: number;
   /** Clients that left before they were accepted, and datagrams that could not be received. */
   readonly lost: number;
@@ -3353,7 +3371,7 @@ const COUNTER_OF = {
  * `signal`, `stats`. Override: `verifyRequest`, `processRequest`, `finishRequest`,
  * `handleError`, `handleTimeout`, `serviceActions`, `handleOverload`. A new kind of
  * server extends {@linkcode StreamServer} or {@linkcode DatagramServer} and overrides
- * `listen`, which calls `adopt`.
+ * `listen`, which calls `adopt` or `adoptSocket`.
  */
 export abstract class BaseServer<Request extends Traffic, Address extends Deno.Addr = Deno.Addr, Arrival = unknown>
   implements AsyncDisposable {
@@ -3439,24 +3457,21 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    * with an error of accepting that cannot be waited out, which closes the server.
    */
   async serveForever(options: { signal?: AbortSignal | undefined } = {}): Promise<void> {
+    const { signal } = resolveOptions<{ signal: AbortSignal | undefined }>({ signal: undefined }, options);
     if (this.#isClosing) return await this.#ended.promise;
-    this.#startServing("serveForever()");
-    const { signal } = options;
     const stop = () => void this.shutdown();
-    const stopServices = this.#startServices();
+    let stopServices = ignore;
     try {
-      await this.#activate();
-      signal?.addEventListener("abort", stop);
-      if (signal?.aborted) stop();
-      await this.#serveArrivals();
-      if (!this.#isClosing) stop(); // Someone else has closed the listener.
-    } catch (error) {
-      if (this.#phase !== "new") this.close(); // If listening failed, it may be tried again.
-      throw error;
+      await this.#serveBy("serveForever()", async (acceptor) => {
+        stopServices = this.#startServices();
+        signal?.addEventListener("abort", stop);
+        if (signal?.aborted) stop();
+        await this.#serveArrivals(acceptor);
+        if (!this.#isClosing) stop(); // Someone else has closed the listener.
+      });
     } finally {
       stopServices();
       signal?.removeEventListener("abort", stop);
-      this.#serving = undefined;
     }
     await this.#ended.promise;
   }
@@ -3467,19 +3482,14 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    * has run, or when the server is closed. Rejects as `serveForever()` does.
    */
   async handleRequest(options: { timeout?: number | undefined } = {}): Promise<void> {
-    const { timeout = Infinity } = options;
-    checkNumber("timeout", timeout);
+    const { timeout } = resolveOptions({ timeout: Infinity }, options);
     if (this.#isClosing) return;
-    this.#startServing("handleRequest()");
-    try {
-      await this.#activate();
-      if (this.#acceptor === undefined) return;
-      if (!await settlesWithin(this.#acceptor.arrival(), timeout)) return this.handleTimeout();
-      const arrival = this.#takeArrival(this.#acceptor);
-      if (arrival !== undefined) await this.#serve(arrival);
-    } finally {
-      this.#serving = undefined;
-    }
+    const isLate = await this.#serveBy("handleRequest()", async (acceptor) => {
+      if (!await settlesWithin(acceptor.arrival(), timeout)) return true;
+      const arrival = acceptor.take();
+      if (arrival !== undefined) await Promise.race([this.#serve(arrival), this.#ended.promise]);
+    });
+    if (isLate) this.handleTimeout();
   }
 
   /**
@@ -3515,8 +3525,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    * ```
    */
   shutdown(options: { grace?: number | undefined } = {}): Promise<ShutdownReport> {
-    const { grace = this.#grace } = options;
-    checkNumber("grace", grace);
+    const { grace } = resolveOptions({ grace: this.#grace }, options);
     return this.#draining ??= this.#drain(grace);
   }
 
@@ -3566,7 +3575,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     // The stack tells where a handler went wrong, and nothing about a client that sent too much or was closed.
     const isPlain = error instanceof LimitOverrunError || messageOf(error) === STREAM_IS_CLOSED;
     if (outcome === "error") printError(`Error while serving ${client}:`, isPlain ? messageOf(error) : error);
-    if (outcome === "handshakeFailed") notices.print(`Handshake with ${client} failed: ${messageOf(error)}`);
+    if (outcome === "handshakeFailed") printNotice(`Handshake with ${client} failed: ${messageOf(error)}`);
   }
 
   /** Runs when `handleRequest()` has waited for its `timeout`. */
@@ -3595,10 +3604,8 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
       closeQuietly(listener);
       throw closedServer();
     }
-    this.#acceptor = new Acceptor(listener, {
-      onLost: () => this.#counts.lost++,
-      onOverload: (error) => this.#noteOverload(error),
-    });
+    const onLost = () => this.#counts.lost++;
+    this.#acceptor = new Acceptor(listener, onLost, (error) => this.#noteOverload(error));
     this.#phase = "listening";
     queueMicrotask(prepareForExhaustion);
     return this.#address = address;
@@ -3630,9 +3637,13 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     try {
       await hook();
     } catch (error) {
-      this.#counts.errors++;
-      printError(`Error in ${name}():`, error);
+      this.#noteHookError(name, error);
     }
+  }
+
+  #noteHookError(name: string, error: unknown): void {
+    this.#counts.errors++;
+    printError(`Error in ${name}():`, error);
   }
 
   get #isFull(): boolean {
@@ -3648,16 +3659,22 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     return this.#phase === "draining" || this.#phase === "closed";
   }
 
-  #startServing(call: "serveForever()" | "handleRequest()"): void {
+  /** Listens and runs `work`, one at a time. An error of accepting closes the server; after one of listening it may be tried again. */
+  async #serveBy<T>(
+    call: "serveForever()" | "handleRequest()",
+    work: (acceptor: Acceptor<Arrival>) => Promise<T>,
+  ): Promise<T | undefined> {
     if (this.#serving !== undefined) throw new Deno.errors.Busy(`Cannot ${call}: the server is serving already`);
     this.#serving = call;
-  }
-
-  async #activate(): Promise<void> {
     try {
       if (this.#acceptor === undefined) await this.listen();
+      return this.#acceptor && await work(this.#acceptor);
     } catch (error) {
-      if (!this.#isClosing) throw error; // Else it was closed while it began to listen.
+      if (this.#acceptor === undefined && this.#isClosing) return undefined; // It was closed while it began to listen.
+      if (this.#acceptor !== undefined) this.close();
+      throw error;
+    } finally {
+      this.#serving = undefined;
     }
   }
 
@@ -3674,19 +3691,10 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   /** The accept loop. */
-  async #serveArrivals(): Promise<void> {
-    for await (const arrival of this.#acceptor ?? []) {
+  async #serveArrivals(acceptor: Acceptor<Arrival>): Promise<void> {
+    for await (const arrival of acceptor) {
       this.#serve(arrival);
       if (this.#mustWait) await this.#until(() => !this.#mustWait);
-    }
-  }
-
-  #takeArrival(acceptor: Acceptor<Arrival>): Arrival | undefined {
-    try {
-      return acceptor.take();
-    } catch (error) {
-      this.close(); // Accepting is over.
-      throw error;
     }
   }
 
@@ -3697,17 +3705,20 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     session.index = this.#sessions.push(session) - 1;
     this.#counts.accepted++;
     try {
+      if (this.signal.aborted) session.abort(this.signal.reason);
       if (this.#phase === "closed") this.#cut(session); // close() won the race.
       const opened = session.isCut ? null : session.open();
       const served = opened instanceof Promise
         ? opened.then((request) => this.#process(session, request))
         : this.#process(session, opened);
       const serving = pending(served);
-      if (serving === undefined) return this.#finish(session);
-      return serving.then(() => this.#finish(session), (error) => this.#fail(error, session));
+      if (serving !== undefined) {
+        return serving.then(() => this.#finish(session), (error) => this.#fail(error, session));
+      }
     } catch (error) {
       return this.#fail(error, session);
     }
+    return this.#finish(session);
   }
 
   #process(session: Session<Request>, request: Request | null): void | Promise<void> {
@@ -3755,17 +3766,24 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   #finish(session: Session<Request>): void | Promise<void> {
-    const closing = pending(this.#tryToClose(session));
+    const closing = this.#startClosing(session);
     if (closing === undefined) return this.#leave(session);
-    return closing.catch(ignore).then(() => this.#leave(session));
+    return closing.catch((error) => this.#noteUnclosed(error, session)).then(() => this.#leave(session));
   }
 
-  #tryToClose(session: Session<Request>): void | Promise<void> {
+  #startClosing(session: Session<Request>): Promise<void> | undefined {
     try {
-      return session.request === undefined ? session.cut() : this.closeRequest(session.request);
-    } catch {
-      // Only an overridden hook throws; the request is over all the same.
+      if (session.request !== undefined) return pending(this.closeRequest(session.request));
+      session.cut();
+    } catch (error) {
+      this.#noteUnclosed(error, session);
     }
+  }
+
+  /** Only an overridden `closeRequest()` fails; the connection is closed all the same. */
+  #noteUnclosed(error: unknown, session: Session<Request>): void {
+    this.#noteHookError("closeRequest", error);
+    session.cut();
   }
 
   /** The one place where a session ends. */
@@ -3788,7 +3806,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   #end(session: Session<Request>): void {
-    session.release();
+    session.releases.callAll();
     this.noteClose(session);
   }
 
@@ -3941,7 +3959,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
   handleOpen(_request: SocketStream, _clientAddress: Deno.Addr): void | Promise<void> {}
 
   /**
-   * Runs for each connection that is over; the handler is done, unless it was cut off.
+   * Runs at the end of each connection that became a stream; the handler is done, unless it was cut off.
    * Nothing waits for its promise.
    *
    * @example An access log
@@ -4035,8 +4053,8 @@ export interface TcpServerAddress {
    */
   reusePort?: boolean | undefined;
   /**
-   * Whether several threads of this process may listen on the port and take from one
-   * queue, as in `deno serve --parallel`. Deno does not document it.
+   * Whether several threads of this process may listen on the port, which is not 0, and
+   * take from one queue, as in `deno serve --parallel`. Deno does not document it.
    * @default {false}
    */
   loadBalanced?: boolean | undefined;
@@ -4093,11 +4111,18 @@ export class TcpServer extends StreamServer<Deno.NetAddr> {
     const wanted = { transport: "tcp", ...this.#wanted } as const;
     try {
       if (wanted.reusePort) checkReusePort();
-      const listener = Deno.listen(wanted);
+      const listener = this.openListener(wanted);
       return this.adopt(listener, listener.addr);
     } catch (error) {
       throw openingError("listen on", wanted, error);
     }
+  }
+
+  /** Opens the port. Override it to listen in another way, such as with `Deno.listenTls`. */
+  protected openListener(
+    address: { hostname: string; port: number; tcpBacklog: number; reusePort: boolean; loadBalanced: boolean },
+  ): Listener<Deno.Conn> & { readonly addr: Deno.NetAddr } {
+    return Deno.listen(address);
   }
 }
 
@@ -4141,12 +4166,11 @@ class SocketFile {
     this.#mode = mode;
   }
 
-  /** Runs `bind` once; after an error it may be tried again. */
+  /** Runs one `bind` at a time. */
   bindOnce(address: Deno.UnixAddr, bind: () => Promise<Deno.UnixAddr>): Promise<Deno.UnixAddr> {
-    return this.#binding ??= bind().catch((error) => {
-      this.#binding = undefined;
-      throw unixListenError(error, address);
-    });
+    return this.#binding ??= bind()
+      .catch((error) => Promise.reject(unixListenError(error, address)))
+      .finally(() => this.#binding = undefined);
   }
 
   /** Runs `open`, which makes the file, in the place of one that no server answers on. */
@@ -4385,7 +4409,7 @@ export class Datagram {
     const mistake = checkData("reply()", data);
     if (mistake !== undefined) return rejection(mistake);
     const bytes = bytesOf(data);
-    const sent = this.#send(bytes, this.clientAddress).then(
+    const sent = Promise.try(() => this.#send(bytes, this.clientAddress)).then(
       () => {
         this.#bytesWritten += bytes.length;
       },
@@ -4463,23 +4487,17 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr>
 
   /** Does what {@linkcode BaseServer.handleError} says; of clients that cannot be answered it prints one line a second at most. */
   override handleError(error: unknown, clientAddress: Deno.Addr, outcome: ErrorOutcome): void | Promise<void> {
-    if (outcome === "aborted") notices.print(messageOf(error));
+    if (outcome === "aborted") printNotice(messageOf(error));
     else return super.handleError(error, clientAddress, outcome);
   }
 
   /** To be called by `listen()`: receives from `socket` from now on, and closes it in the end. Returns `address`. */
   protected adoptSocket(socket: DatagramSocket, address: Address): Address {
-    let receiving: Promise<unknown> = DONE;
     const bound = this.adopt({
-      accept: () => {
-        const received = socket.receive(this.#room());
-        receiving = received;
-        return received;
-      },
-      close: async () => {
+      accept: () => socket.receive(this.#room()),
+      close: () => {
         this.#socket = undefined;
         socket.close();
-        await receiving.catch(ignore); // The address stays bound until then.
       },
     }, address);
     this.#socket = socket;

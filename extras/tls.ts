@@ -273,7 +273,7 @@ interface Settings {
   readonly alpnProtocols?: string[] | undefined;
   /** The name that the server must have; `undefined` on the server's side. */
   readonly serverName?: string;
-  /** The certificates that this server has admitted, by their fingerprints. */
+  /** The certificates that this server has admitted last, by their fingerprints. */
   readonly admitted?: Set<string>;
 }
 
@@ -324,8 +324,17 @@ function judgePeer(
   if (own === undefined || !socket.authorized || !isTrusted || isUnasked) {
     throw invalid("Cannot begin TLS: the peer's certificate is not valid, or from no trusted authority");
   }
-  admitted?.add(own.fingerprint256);
+  if (admitted !== undefined) remember(admitted, own.fingerprint256);
   return own;
+}
+
+/** Client certificates that may resume a session; older ones do a whole handshake again. */
+const MAX_ADMITTED = 10_000;
+
+function remember(admitted: Set<string>, fingerprint: string): void {
+  admitted.add(fingerprint);
+  const [oldest = ""] = admitted;
+  if (admitted.size > MAX_ADMITTED) admitted.delete(oldest);
 }
 
 function describeSession(socket: NodeSocket, peer: Certificate | undefined, isTruncated: () => boolean): TlsSession {
@@ -717,21 +726,25 @@ export interface NativeTlsServerAddress extends Omit<TcpServerAddress, "loadBala
  * these limits.
  */
 export class NativeTlsServer extends TcpServer {
-  readonly #wanted: Deno.ListenTlsOptions & Deno.TlsCertifiedKeyPem;
+  readonly #identity: TlsCertificate;
 
   /** Opens nothing. Throws `Deno.errors.InvalidData` if the certificate or the key cannot be used. */
   constructor(address: NativeTlsServerAddress, Handler: StreamRequestHandlerClass, options: ServerOptions = {}) {
     const { cert, key, ...tcp } = address;
     super(tcp, Handler, { ...options, filters: [nativeHandshake, ...options.filters ?? []] });
-    const { hostname = "127.0.0.1", port, tcpBacklog = 4_096, reusePort = false } = tcp;
-    this.#wanted = { hostname, port, tcpBacklog, reusePort, ...readCertificate({ cert, key }) };
+    this.#identity = readCertificate({ cert, key });
   }
 
-  /** Binds the port and lets clients connect, as `TcpServer.listen()` does. */
-  override listen(): Deno.NetAddr {
-    if (this.boundAddress !== undefined) return this.boundAddress;
-    const listener = Deno.listenTls(this.#wanted);
-    return this.adopt(listener, listener.addr);
+  /** Opens the port for TLS. */
+  protected override openListener(
+    { hostname, port, tcpBacklog, reusePort }: {
+      hostname: string;
+      port: number;
+      tcpBacklog: number;
+      reusePort: boolean;
+    },
+  ): Deno.TlsListener {
+    return Deno.listenTls({ hostname, port, tcpBacklog, reusePort, ...this.#identity });
   }
 }
 

@@ -90,9 +90,10 @@ class WorkerThread {
   /** Orders a shutdown, or with `null` a close, once the worker can hear it; gives it up if it still computes after `grace`. */
   stop(grace: number | null): void {
     this.#port.promise.then((port) => port.postMessage(grace));
+    if (grace === Infinity) return; // One that never starts to serve still has its deadline.
     clearTimeout(this.#timer);
     const patience = Math.min((grace ?? 0) + HANG_MS, MAX_TIMER_MS);
-    if (grace !== Infinity) this.#timer = setTimeout(() => this.#end(), patience);
+    this.#timer = setTimeout(() => this.#end(), patience);
   }
 
   #hear({ news, stats, report, reason }: News): void {
