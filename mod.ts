@@ -1,7 +1,6 @@
 /**
- * Python's {@link https://docs.python.org/3/library/socketserver.html | `socketserver`}
- * for Deno: write a class with one method, get a server that survives the internet.
- * One file, no dependencies.
+ * Python's {@link https://docs.python.org/3/library/socketserver.html | `socketserver`} for Deno: write a class with
+ * one method, get a server that survives the internet. One file, no dependencies.
  *
  * ```ts
  * import { StreamRequestHandler, TcpServer } from "@socketserver/socketserver";
@@ -18,13 +17,12 @@
  * await server.serveForever();
  * ```
  *
- * The server makes one handler for each connection and serves all of them at the
- * same time. A handler that throws, and a client that resets or stalls, ends its own
- * connection only.
+ * The server makes one handler for each connection and serves all of them at the same time. A handler that throws, and
+ * a client that resets or stalls, ends its own connection only.
  *
- * `this.request` is a {@linkcode SocketStream}: it reads chunks, lines, exact counts
- * and length-prefixed frames. {@linkcode connect} gives a client the same class, and
- * {@linkcode socketPair} gives it to a test, in memory and without permissions.
+ * `this.request` is a {@linkcode SocketStream}: it reads chunks, lines, exact counts and length-prefixed frames.
+ * {@linkcode connect} gives a client the same class, and {@linkcode socketPair} gives it to a test, in memory and
+ * without permissions.
  *
  * ```text
  * BaseServer                  lifecycle, hooks, shutdown
@@ -53,16 +51,17 @@
  * | `handleError()` | server | is as the handler left it; runs only after an error |
  * | `handleClose()` | server | is closed |
  *
- * Units are milliseconds and bytes. Memory is bounded: a line and a frame by `limit`,
- * buffered writes by `highWaterMark`. A forgotten promise of a stream's method never
- * ends the process.
+ * Units are milliseconds and bytes. Memory is bounded: a line and a frame by `limit`, buffered writes by
+ * `highWaterMark`. A forgotten promise of a stream's method never ends the process.
  *
  * @module
  */
 
 // --- Errors -----------------------------------------------------------------
 
-/** The stream ended inside of what `readExactly`, `readUntil` or `frames` asked for; asyncio's `IncompleteReadError`. */
+/**
+ * The stream ended inside of what `readExactly`, `readUntil` or `frames` asked for; asyncio's `IncompleteReadError`.
+ */
 export class IncompleteReadError extends Error {
   /** The bytes that arrived before the end; they are the caller's. */
   readonly partial: Uint8Array<ArrayBuffer>;
@@ -83,11 +82,10 @@ export class IncompleteReadError extends Error {
 }
 
 /**
- * A line, a delimited record or a frame is longer than the limit; asyncio's
- * `LimitOverrunError`.
+ * A line, a delimited record or a frame is longer than the limit; asyncio's `LimitOverrunError`.
  *
- * Nothing was consumed. The caller may answer and close, or skip `consumed` bytes
- * with {@linkcode SocketStream.readExactly}; the rest of the same line then follows.
+ * Nothing was consumed. The caller may answer and close, or skip `consumed` bytes with {@linkcode
+ * SocketStream.readExactly}; the rest of the same line then follows.
  */
 export class LimitOverrunError extends Error {
   /** The limit, in bytes. */
@@ -125,9 +123,9 @@ const UNPRINTABLE = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}]/gu;
 const SHORT_ESCAPES = new Map([["\n", "\\n"], ["\r", "\\r"], ["\t", "\\t"]]);
 
 /**
- * Escapes `text` so that it is one line and safe to print. Clients can send line ends
- * that forge a log line and sequences that a terminal obeys. Control and invisible
- * characters become `\n`, `\x1b` or `\u202e`. All messages of this file use it.
+ * Escapes `text` so that it is one line and safe to print. Clients can send line ends that forge a log line and
+ * sequences that a terminal obeys. Control and invisible characters become `\n`, `\x1b` or `\u202e`. All messages of
+ * this file use it.
  */
 export function printable(text: string): string {
   return text.replace(UNPRINTABLE, (character) => SHORT_ESCAPES.get(character) ?? escapeOf(character));
@@ -225,7 +223,7 @@ function rejection(error: unknown): Promise<never> {
 }
 
 /** `result` as a promise if it is one; plain JavaScript may return any thenable. */
-function pending<T>(result: T | Promise<T>): Promise<T> | undefined {
+function asPromise<T>(result: T | Promise<T>): Promise<T> | undefined {
   if (result instanceof Promise) return result;
   return typeof result === "object" && result !== null && "then" in result ? Promise.resolve(result) : undefined;
 }
@@ -243,29 +241,28 @@ function closeQuietly(closable: { close(): unknown }): void {
 /** Deadlines and limits of a {@linkcode SocketStream}. Times are above 0; `Infinity` is for ever. */
 export interface StreamOptions {
   /**
-   * Milliseconds that one read or one write may wait. A read that waits longer rejects
-   * with `Deno.errors.TimedOut`; its bytes answer the next read. A write that waits
-   * longer rejects likewise and closes the stream. It fires no earlier than asked, and at
-   * most 1/16 or 10 ms late, whichever is larger. The kernel reports a slow reader's
-   * progress in steps of up to 1 MB, so a 30 s timeout also ends a steady 30 kB/s download.
+   * Milliseconds that one read or one write may wait. A read that waits longer rejects with `Deno.errors.TimedOut`; its
+   * bytes answer the next read. A write that waits longer rejects likewise and closes the stream. It fires no earlier
+   * than asked, and at most 1/16 or 10 ms late, whichever is larger. The kernel reports a slow reader's progress in
+   * steps of up to 1 MB, so a 30 s timeout also ends a steady 30 kB/s download.
    * @default {Infinity}
    */
   timeout?: number | undefined;
   /**
-   * Milliseconds without a byte in either direction after which the stream is closed.
-   * Pending calls reject with `Deno.errors.TimedOut`.
+   * Milliseconds without a byte in either direction after which the stream is closed. Pending calls reject with
+   * `Deno.errors.TimedOut`.
    * @default {Infinity}
    */
   idleTimeout?: number | undefined;
   /**
-   * Milliseconds after which the stream is closed, however busy it is. Pending calls
-   * reject with `Deno.errors.TimedOut`.
+   * Milliseconds after which the stream is closed, however busy it is. Pending calls reject with
+   * `Deno.errors.TimedOut`.
    * @default {Infinity}
    */
   maxLifetime?: number | undefined;
   /**
-   * Bytes that a line, a delimited record or a frame may have, without its delimiter or
-   * length prefix; whole, 1 or more. A longer one rejects with {@linkcode LimitOverrunError}.
+   * Bytes that a line, a delimited record or a frame may have, without its delimiter or length prefix; whole, 1 or
+   * more. A longer one rejects with {@linkcode LimitOverrunError}.
    * @default {65_536}
    */
   limit?: number | undefined;
@@ -279,35 +276,33 @@ export interface StreamOptions {
 /** Options of a {@linkcode StreamServer}, besides its address. */
 export interface ServerOptions extends StreamOptions {
   /**
-   * Connections that are served at the same time, 1 or more; `Infinity` for no limit.
-   * Further clients wait in the kernel's backlog. With 1 the server is Python's
-   * `TCPServer`. A connection takes one descriptor: keep the limit below `ulimit -n`, and
-   * lower if handlers open files or connections of their own.
+   * Connections that are served at the same time, 1 or more; `Infinity` for no limit. Further clients wait in the
+   * kernel's backlog. With 1 the server is Python's `TCPServer`. A connection takes one descriptor: keep the limit
+   * below `ulimit -n`, and lower if handlers open files or connections of their own.
    * @default {10_000}
    */
   maxConnections?: number | undefined;
   /**
-   * Filters that each accepted connection passes, in order, before it becomes a stream: a
-   * TLS handshake, a PROXY header, {@linkcode perHost}.
+   * Filters that each accepted connection passes, in order, before it becomes a stream: a TLS handshake, a PROXY
+   * header, {@linkcode perHost}.
    * @default {[]}
    */
   filters?: readonly ConnectionFilter[] | undefined;
   /**
-   * Milliseconds that all filters of a connection may take together; above 0, `Infinity`
-   * for ever. After that the connection is closed, `handleError()` runs, and
-   * {@linkcode ServerStats.handshakeFailures} counts it.
+   * Milliseconds that all filters of a connection may take together; above 0, `Infinity` for ever. After that the
+   * connection is closed, `handleError()` runs, and {@linkcode ServerStats.handshakeFailures} counts it.
    * @default {5_000}
    */
   handshakeTimeout?: number | undefined;
   /**
-   * Milliseconds that {@linkcode BaseServer.shutdown} lets handlers finish before it cuts
-   * them off; 0 cuts at once, `Infinity` waits for ever.
+   * Milliseconds that {@linkcode BaseServer.shutdown} lets handlers finish before it cuts them off; 0 cuts at once,
+   * `Infinity` waits for ever.
    * @default {10_000}
    */
   grace?: number | undefined;
   /**
-   * Whether small writes are sent at once (`TCP_NODELAY`). Without it an answer in two
-   * parts waits some 40 ms for the peer's acknowledgement.
+   * Whether small writes are sent at once (`TCP_NODELAY`). Without it an answer in two parts waits some 40 ms for the
+   * peer's acknowledgement.
    * @default {true}
    */
   noDelay?: boolean | undefined;
@@ -316,14 +311,14 @@ export interface ServerOptions extends StreamOptions {
 /** Options of a {@linkcode DatagramServer}, besides its address. */
 export interface DatagramServerOptions {
   /**
-   * Datagrams that are served at the same time, 1 or more; `Infinity` for no limit.
-   * Further ones are dropped and counted in {@linkcode ServerStats.dropped}.
+   * Datagrams that are served at the same time, 1 or more; `Infinity` for no limit. Further ones are dropped and
+   * counted in {@linkcode ServerStats.dropped}.
    * @default {1_000}
    */
   maxConcurrent?: number | undefined;
   /**
-   * Milliseconds that {@linkcode BaseServer.shutdown} lets handlers finish; 0 gives them up
-   * at once, `Infinity` waits for ever.
+   * Milliseconds that {@linkcode BaseServer.shutdown} lets handlers finish; 0 gives them up at once, `Infinity` waits
+   * for ever.
    * @default {10_000}
    */
   grace?: number | undefined;
@@ -356,22 +351,20 @@ export interface ConnectTlsOptions {
 /** Options of {@linkcode connect}, besides the address. */
 export interface DialOptions extends StreamOptions, Pick<ServerOptions, "noDelay"> {
   /**
-   * Milliseconds that each try may take, and then that each read or write of the stream
-   * may wait, as in Python's `create_connection`; above 0, `Infinity` for ever.
+   * Milliseconds that each try may take, and then that each read or write of the stream may wait, as in Python's
+   * `create_connection`; above 0, `Infinity` for ever.
    * @default {Infinity}
    */
   timeout?: number | undefined;
   /**
-   * How often a failed try is repeated; `Infinity` for ever. The first wait is 100 ms; it
-   * doubles up to 5 s, less a random part of up to half, so that many clients do not come
-   * back at the same moment.
+   * How often a failed try is repeated; `Infinity` for ever. The first wait is 100 ms; it doubles up to 5 s, less a
+   * random part of up to half, so that many clients do not come back at the same moment.
    * @default {0}
    */
   retries?: number | undefined;
   /**
-   * Whether the connection is encrypted, and how it is checked. The handshake is part of
-   * the try. A server that stalls in it keeps one descriptor for each try until it leaves:
-   * the runtime frees none before.
+   * Whether the connection is encrypted, and how it is checked. The handshake is part of the try. A server that stalls
+   * in it keeps one descriptor for each try until it leaves: the runtime frees none before.
    * @default {false}
    */
   tls?: boolean | ConnectTlsOptions | undefined;
@@ -384,7 +377,10 @@ export interface DialOptions extends StreamOptions, Pick<ServerOptions, "noDelay
   signal?: AbortSignal | undefined;
 }
 
-/** Where {@linkcode connect} goes, and how: to a host (default `"127.0.0.1"`) and TCP port, or to the path of a Unix socket. */
+/**
+ * Where {@linkcode connect} goes, and how: to a host (default `"127.0.0.1"`) and TCP port, or to the path of a Unix
+ * socket.
+ */
 export type ConnectOptions = DialOptions & ({ hostname?: string | undefined; port: number } | { path: string });
 
 /** All options of `T`, with their defaults filled in. */
@@ -520,9 +516,8 @@ function checkHostname(hostname: unknown): string {
 // --- Addresses --------------------------------------------------------------
 
 /**
- * Formats an address as people write it: `127.0.0.1:8009`, `[::1]:8009`,
- * `/run/app.sock`. An IPv4 client of an IPv6 socket (`::ffff:127.0.0.1`) is written as
- * IPv4. Control characters are escaped as in {@linkcode printable}.
+ * Formats an address as people write it: `127.0.0.1:8009`, `[::1]:8009`, `/run/app.sock`. An IPv4 client of an IPv6
+ * socket (`::ffff:127.0.0.1`) is written as IPv4. Control characters are escaped as in {@linkcode printable}.
  */
 export function formatAddress(address: Deno.Addr): string {
   switch (address.transport) {
@@ -554,10 +549,9 @@ function hostBytes(hostname: string): Uint8Array | undefined {
 }
 
 /**
- * The host that {@linkcode perHost} counts: an IPv4 address, or the first 64 bits of an
- * IPv6 address, as one customer has all addresses behind them. Link-local and unique local
- * addresses (RFC 4291, 2.5.6; RFC 4193) count each by itself, as a whole network shares
- * their prefix. `undefined` for a client of a Unix socket.
+ * The host that {@linkcode perHost} counts: an IPv4 address, or the first 64 bits of an IPv6 address, as one customer
+ * has all addresses behind them. Link-local and unique local addresses (RFC 4291, 2.5.6; RFC 4193) count each by
+ * itself, as a whole network shares their prefix. `undefined` for a client of a Unix socket.
  */
 export function hostOf(address: Deno.Addr): string | undefined {
   if (!("hostname" in address)) return undefined;
@@ -569,7 +563,10 @@ export function hostOf(address: Deno.Addr): string | undefined {
   return `${inetNtop(Uint8Array.from(bytes, (byte, index) => index < 8 ? byte : 0))}/64`;
 }
 
-/** Parses an IP address strictly: no leading zeros, no zone, no short IPv4; `inet_pton(3)`. Gives 4 or 16 bytes, or `undefined`. */
+/**
+ * Parses an IP address strictly: no leading zeros, no zone, no short IPv4; `inet_pton(3)`. Gives 4 or 16 bytes, or
+ * `undefined`.
+ */
 export function inetPton(text: string): Uint8Array<ArrayBuffer> | undefined {
   return text.includes(":") ? ipv6Bytes(text) : ipv4Bytes(text);
 }
@@ -687,9 +684,8 @@ function isExhausted(): boolean {
 let isPrepared = false;
 
 /**
- * Opens what the runtime would open later, when no descriptor may be left, on which it
- * panics: the source map of this module, at the first read of a `stack`, and its own
- * signal listener, 500 ms after the start of the process.
+ * Opens what the runtime would open later, when no descriptor may be left, on which it panics: the source map of this
+ * module, at the first read of a `stack`, and its own signal listener, 500 ms after the start of the process.
  */
 function prepareForExhaustion(): void {
   if (isPrepared) return;
@@ -721,7 +717,10 @@ function withAddresses(conn: Deno.TlsConn, { localAddr, remoteAddr }: StreamConn
   };
 }
 
-/** The part of the runtime's datagram socket that a {@linkcode DatagramServer} needs; its own type needs `--unstable-net`. */
+/**
+ * The part of the runtime's datagram socket that a {@linkcode DatagramServer} needs; its own type needs
+ * `--unstable-net`.
+ */
 export interface DatagramSocket {
   /** The bound address. */
   readonly addr: Deno.Addr;
@@ -768,7 +767,7 @@ function disableNagle(conn: StreamConn): void {
 /** The longest wait that a timer can be set to: 2^31 - 1 ms, some 25 days. */
 const MAX_TIMER_MS = 2_147_483_647;
 
-/** Looks at a deadline during its time. It fires late by two of these parts, or two of the least waits, at most. */
+/** Looks taken while a deadline runs. It fires at most 2/32 of its time, or two least waits, late. */
 const LOOKS_PER_DEADLINE = 32;
 
 /** The least wait between two looks. */
@@ -780,16 +779,14 @@ const MAX_LOOKING = 0.05;
 /** The time of something that no look has seen. */
 const UNSEEN = -1;
 
-/** Something with deadlines. */
 interface Watched {
   /** Ends what has taken too long by `now`; returns the shortest time that is left to be kept, or `Infinity`. */
   look(now: number): number;
 }
 
 /**
- * One timer for the deadlines of all streams. A timer for each read costs a fifth of
- * the throughput, and reading the clock 1.5 % (79 ns). So nothing is noted when a wait
- * begins: the first look after that starts its time.
+ * One timer for the deadlines of all streams. A timer for each read costs a fifth of the throughput, and reading the
+ * clock 1.5 % (79 ns). So nothing is noted when a wait begins: the first look after that starts its time.
  */
 class DeadlineTimer {
   readonly #watched = new Set<Watched>();
@@ -901,7 +898,7 @@ const RUNTIME_BUDGET = 128;
 /** Queued streams that go on in one turn. From 96 on order is lost again; with 8 a turn costs more than it brings. */
 const READS_PER_TURN = 32;
 
-/** Streams that go on beyond the count of those served, as some have nothing to read. */
+/** Streams let go beyond the number served, because some have nothing to read. */
 const EXTRA_READS = 8;
 
 /** Milliseconds after which the queue moves on although nobody was served. */
@@ -910,14 +907,13 @@ const STALL_MS = 1;
 /**
  * Lets busy streams read in turn.
  *
- * The runtime completes 128 operations in a turn and wakes the other ready ones in
- * reverse order, so a connection that reads again at once overtakes those that wait:
- * of 1,000 busy ones some get one answer in four seconds and others two thousand.
- * Therefore streams queue up here once a turn has been full. As many go on as were
- * served, so the budget always has room for accepting and for datagrams.
+ * The runtime completes 128 operations in a turn and wakes the other ready ones in reverse order, so a connection that
+ * reads again at once overtakes those that wait: of 1,000 busy ones some get one answer in four seconds and others two
+ * thousand. Therefore streams queue up here once a turn has been full. As many go on as were served, so the budget
+ * always has room for accepting and for datagrams.
  *
- * A stream's first read, and a read that really had to wait, skip the queue. With
- * fewer streams than the budget nobody queues.
+ * A stream's first read, and a read that really had to wait, skip the queue. With fewer streams than the budget nobody
+ * queues.
  */
 class Turnstile {
   readonly #waiting: { takeTurn(): void }[] = [];
@@ -926,7 +922,6 @@ class Turnstile {
   /** Whether the queue has moved since the last check. */
   #hasMoved = false;
   #isWatched = false;
-  /** Open streams. */
   streams = 0;
   /** Reads that all streams have completed. */
   reads = 0;
@@ -972,7 +967,10 @@ const turnstile = new Turnstile();
 /** The buffer of an idle connection: 10,000 of them hold 2.5 MB. */
 const IDLE_BUFFER_BYTES = 256;
 
-/** The buffer of a busy connection, and the most memory that a small chunk keeps alive. A part of it costs 28 ns to make, an array of its own 230. */
+/**
+ * The buffer of a busy connection, and the most memory that a small chunk keeps alive. A part of it costs 28 ns to
+ * make, an array of its own 230.
+ */
 const BUSY_BUFFER_BYTES = 2_048;
 
 /** Larger reads gain nothing over loopback. */
@@ -1001,8 +999,8 @@ const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
 /**
  * The bytes that arrived and that nobody has read yet. No I/O.
  *
- * Small chunks are handed out as parts of the buffer: bytes before `#ours` are their
- * callers', and are never written again. A small part of a large buffer is copied.
+ * Small chunks are handed out as parts of the buffer: bytes before `#ours` are their callers', and are never written
+ * again. A small part of a large buffer is copied.
  */
 class Input {
   #bytes = NO_BYTES;
@@ -1021,7 +1019,7 @@ class Input {
   /** Bytes known to hold no delimiter, so that a line that comes byte by byte is searched once. */
   searched = 0;
   /** Bytes that went straight into the reader's own array. */
-  countInto = 0;
+  directCount = 0;
 
   get length(): number {
     return this.#end - this.#start;
@@ -1110,8 +1108,8 @@ class Input {
 
   /** Moves bytes into `into`, unless they went there already; returns their count. */
   takeInto(into: Uint8Array): number {
-    const direct = this.countInto;
-    this.countInto = 0;
+    const direct = this.directCount;
+    this.directCount = 0;
     if (direct > 0) return direct;
     const count = Math.min(into.length, this.length);
     into.set(this.#bytes.subarray(this.#start, this.#start + count));
@@ -1151,7 +1149,6 @@ class Input {
     this.#linesAt = this.#start;
   }
 
-  /** The byte at `index`. */
   at(index: number): number {
     return this.#bytes[this.#start + index] ?? 0;
   }
@@ -1273,8 +1270,8 @@ function frameLength(input: Input, { lengthBytes, littleEndian }: FrameFormat): 
 // --- Output -----------------------------------------------------------------
 
 /**
- * The part of a `Deno.Conn` that a {@linkcode SocketStream} needs. A
- * {@linkcode ConnectionFilter} implements it around another one, a test as a fake.
+ * The part of a `Deno.Conn` that a {@linkcode SocketStream} needs. A {@linkcode ConnectionFilter} implements it around
+ * another one, a test as a fake.
  */
 export interface StreamConn {
   /** The address of this end. */
@@ -1324,9 +1321,9 @@ interface SendWaiter extends PromiseWithResolvers<void> {
 }
 
 /**
- * The bytes that a stream sends. Positions tell all about them: `#taken` bytes were
- * accepted, the kernel has `#sent` of them. One write is under way at a time, so
- * nothing interleaves. What waits is first the queue, then the block, then the text.
+ * The bytes that a stream sends. Positions tell all about them: `#taken` bytes were accepted, the kernel has `#sent` of
+ * them. One write is under way at a time, so nothing interleaves. What waits is first the queue, then the block, then
+ * the text.
  */
 class Output {
   #conn: StreamConn;
@@ -1671,8 +1668,8 @@ class Watch {
 }
 
 /**
- * Milliseconds that a closed stream waits for its peer to take a byte of what is still
- * buffered, if its `timeout` is longer.
+ * Milliseconds that a closed stream waits for its peer to take a byte of what is still buffered, if its `timeout` is
+ * longer.
  */
 const CLOSE_STALL_MS = 30_000;
 
@@ -1683,8 +1680,8 @@ const STREAM_IS_CLOSED = "The stream is closed";
 export type ErrorOutcome = "error" | "aborted" | "timedOut" | "handshakeFailed";
 
 /**
- * The machinery of one {@linkcode SocketStream}: buffers, the one reader, deadlines,
- * the end. The stream is its face to handlers; servers and timers use it directly.
+ * The machinery of one {@linkcode SocketStream}: buffers, the one reader, deadlines, the end. The stream is its face to
+ * handlers; servers and timers use it directly.
  */
 class Transport implements Watched {
   /** Changed by `upgrade()` only. */
@@ -1765,10 +1762,8 @@ class Transport implements Watched {
     startsMessage = true,
     into?: Uint8Array,
   ): Promise<T> {
-    if (this.#isClosed) return rejection(this.#closedError());
-    if (this.#pending !== undefined) {
-      return rejection(new Deno.errors.Busy(`Cannot ${call}: ${this.#pending.call} waits on the same stream`));
-    }
+    const refusal = this.#readRefusal(call);
+    if (refusal !== undefined) return rejection(refusal);
     const { length } = this.#input;
     this.#input.searched = 0;
     try {
@@ -1784,6 +1779,12 @@ class Transport implements Watched {
     const waiting = new WaitingRead(call, take, argument, this.timeout, startsMessage, into);
     this.#wait(waiting);
     return waiting.promise;
+  }
+
+  #readRefusal(call: string): Error | undefined {
+    if (this.#isClosed) return this.#closedError();
+    if (this.#pending === undefined) return undefined;
+    return new Deno.errors.Busy(`Cannot ${call}: ${this.#pending.call} waits on the same stream`);
   }
 
   #wait(pending: PendingRead): void {
@@ -1824,7 +1825,7 @@ class Transport implements Watched {
     turnstile.noteRead();
     this.bytesRead += count;
     if (direct === undefined) this.#input.commit(count);
-    else if (this.#pending?.into === direct) this.#input.countInto = count;
+    else if (this.#pending?.into === direct) this.#input.directCount = count;
     else this.#input.append(direct.subarray(0, count)); // Its reader is gone.
     this.#advance();
   };
@@ -1847,7 +1848,7 @@ class Transport implements Watched {
     const pending = this.#pending;
     if (pending === undefined) return;
     try {
-      const before = this.#input.length + this.#input.countInto;
+      const before = this.#input.length + this.#input.directCount;
       if (!pending.tryToAnswer(this.#input, this.#settings.limit)) return this.#fill();
       if (this.#input.length < before) this.owesAnswer = true;
       this.#pending = undefined;
@@ -1918,18 +1919,20 @@ class Transport implements Watched {
       const filtered = { conn: this.conn };
       const context = { signal: controller.signal, onEnd: (release: () => void) => this.releases.add(release) };
       const passed = Promise.try(() => runFilters([filter], filtered, context));
-      if (!await unlessAborted(passed, controller.signal)) {
-        throw new Deno.errors.ConnectionAborted("Cannot upgrade(): the filter has refused the connection");
-      }
-      if (this.#isClosed) closeQuietly(filtered.conn); // It was closed in the same moment.
-      this.#pending = undefined;
-      this.conn = filtered.conn;
-      this.output.goOn(filtered.conn);
+      this.#goOn(await unlessAborted(passed, controller.signal), filtered.conn);
     } catch (error) {
       this.#pending = undefined;
       this.cut(error instanceof Error ? error : undefined);
       throw this.#noteRaised(error);
     }
+  }
+
+  #goOn(hasPassed: boolean, conn: StreamConn): void {
+    if (!hasPassed) throw new Deno.errors.ConnectionAborted("Cannot upgrade(): the filter has refused the connection");
+    if (this.#isClosed) closeQuietly(conn); // It was closed in the same moment.
+    this.#pending = undefined;
+    this.conn = conn;
+    this.output.goOn(conn);
   }
 
   #checkUpgradable(): void {
@@ -1950,7 +1953,10 @@ class Transport implements Watched {
     throw new Deno.errors.Busy(`Cannot upgrade(): ${length} received bytes are unread; read them, or close`);
   }
 
-  /** Ends reads that wait for a new message; those of clients that have not spoken, or wait for an answer, if it `isLate`. */
+  /**
+   * Ends reads that wait for a new message; those of clients that have not spoken, or wait for an answer, if it
+   * `isLate`.
+   */
   drain(isLate: boolean): void {
     if (!isLate && this.bytesRead === 0) return;
     this.#draining = isLate ? "late" : "soon";
@@ -1962,7 +1968,10 @@ class Transport implements Watched {
     return startsMessage && this.#input.length === 0 && (this.#draining === "late" || !this.owesAnswer);
   }
 
-  /** Closes both sides; buffered bytes still leave as long as the peer takes them. Returns a promise if it has to wait for that. */
+  /**
+   * Closes both sides; buffered bytes still leave as long as the peer takes them. Returns a promise if it has to wait
+   * for that.
+   */
   close(): Promise<void> | undefined {
     if (this.#isClosed) return this.#lingering;
     if (this.output.isIdle) return void this.cut();
@@ -2056,23 +2065,19 @@ class Transport implements Watched {
 let transportOf: (stream: SocketStream) => Transport;
 
 /**
- * One buffered, two-way stream of bytes over a connection. A handler gets it as
- * `this.request`, a client from {@linkcode connect}, a test from
- * {@linkcode socketPair}.
+ * One buffered, two-way stream of bytes over a connection. A handler gets it as `this.request`, a client from
+ * {@linkcode connect}, a test from {@linkcode socketPair}.
  *
- * One read waits at a time; a second one rejects with `Deno.errors.Busy` and disturbs
- * nothing. Writes may overlap: each goes out whole, in the order of the calls. The end
- * of the peer's side does not end ours.
+ * One read waits at a time; a second one rejects with `Deno.errors.Busy` and disturbs nothing. Writes may overlap: each
+ * goes out whole, in the order of the calls. The end of the peer's side does not end ours.
  *
- * Calls reject with the connection's own error (`Deno.errors.ConnectionReset`,
- * `Deno.errors.BrokenPipe`) when the peer is gone, with `Deno.errors.TimedOut` when a
- * deadline has passed, with `Deno.errors.BadResource` after `close()`, and with
- * `RangeError` or `TypeError` for a wrong argument. No byte is lost: unread bytes answer
- * the next read. A promise may be forgotten; its error meets the next call.
+ * Calls reject with the connection's own error (`Deno.errors.ConnectionReset`, `Deno.errors.BrokenPipe`) when the peer
+ * is gone, with `Deno.errors.TimedOut` when a deadline has passed, with `Deno.errors.BadResource` after `close()`, and
+ * with `RangeError` or `TypeError` for a wrong argument. No byte is lost: unread bytes answer the next read. A promise
+ * may be forgotten; its error meets the next call.
  *
- * Read: `recv`, `read`, `readExactly`, `readUntil`, `readLine`, `lines`, `frames`,
- * `peek`, `for await`. Write: `write`, `flush`, `send`, `writeFrame`, `closeWrite`.
- * Look: `localAddress`, `remoteAddress`, `bytesRead`, `bytesWritten`,
+ * Read: `recv`, `read`, `readExactly`, `readUntil`, `readLine`, `lines`, `frames`, `peek`, `for await`. Write: `write`,
+ * `flush`, `send`, `writeFrame`, `closeWrite`. Look: `localAddress`, `remoteAddress`, `bytesRead`, `bytesWritten`,
  * `bytesBuffered`, `under`. Set: `timeout`. Turn: `upgrade`.
  *
  * @example
@@ -2129,7 +2134,10 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     return this.#transport.output.sent;
   }
 
-  /** Written bytes that the kernel has not taken; asyncio's `get_write_buffer_size()`. In a chat room it tells which peers do not read. */
+  /**
+   * Written bytes that the kernel has not taken; asyncio's `get_write_buffer_size()`. In a chat room it tells which
+   * peers do not read.
+   */
   get bytesBuffered(): number {
     return this.#transport.output.buffered;
   }
@@ -2144,10 +2152,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
-   * Reads what has arrived, or waits until something does. Resolves to 1 to `maxBytes`
-   * (default `Infinity`) bytes, which are the caller's, and to `null` at the end of the
-   * stream. Name a number, as in `recv(1024)`, if so much should come in one piece. To
-   * transfer the bytes to a worker, take a `slice()`: their buffer may hold more.
+   * Reads what has arrived, or waits until something does. Resolves to 1 to `maxBytes` (default `Infinity`) bytes,
+   * which are the caller's, and to `null` at the end of the stream. Name a number, as in `recv(1024)`, if so much
+   * should come in one piece. To transfer the bytes to a worker, take a `slice()`: their buffer may hold more.
    */
   recv(maxBytes: number = Infinity): Promise<Uint8Array<ArrayBuffer> | null> {
     if (!(maxBytes >= 1 && (Number.isInteger(maxBytes) || maxBytes === Infinity))) {
@@ -2157,10 +2164,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
-   * Reads into a non-empty array of the caller, as `Deno.Conn.read` does: nothing is
-   * allocated, and without a `timeout` nothing is copied. Resolves to the count of bytes,
-   * and to `null` at the end of the stream. Leave `into` alone until the promise settles;
-   * if a shutdown has ended the stream, until the handler is done.
+   * Reads into a non-empty array of the caller, as `Deno.Conn.read` does: nothing is allocated, and without a `timeout`
+   * nothing is copied. Resolves to the count of bytes, and to `null` at the end of the stream. Leave `into` alone until
+   * the promise settles; if a shutdown has ended the stream, until the handler is done.
    */
   read(into: Uint8Array): Promise<number | null> {
     if (!(into instanceof Uint8Array)) return rejection(new TypeError(`Cannot read() into ${Deno.inspect(into)}`));
@@ -2171,9 +2177,8 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
-   * Reads exactly `bytes` bytes, a whole number of 0 or more, which are the caller's.
-   * Memory grows with what arrives, not with the count. Rejects with
-   * {@linkcode IncompleteReadError} if the stream ends before; it has what came.
+   * Reads exactly `bytes` bytes, a whole number of 0 or more, which are the caller's. Memory grows with what arrives,
+   * not with the count. Rejects with {@linkcode IncompleteReadError} if the stream ends before; it has what came.
    */
   readExactly(bytes: number): Promise<Uint8Array<ArrayBuffer>> {
     if (!(Number.isSafeInteger(bytes) && bytes >= 0)) {
@@ -2184,11 +2189,10 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
-   * Reads a record up to and with its delimiter: bytes, or text as UTF-8, not empty. Of
-   * several delimiters the one that ends first counts, as in asyncio's `readuntil`.
-   * Resolves to `null` if the stream ends between two records. Rejects with
-   * {@linkcode IncompleteReadError} if it ends inside one, and with
-   * {@linkcode LimitOverrunError} if `limit` bytes hold no delimiter.
+   * Reads a record up to and with its delimiter: bytes, or text as UTF-8, not empty. Of several delimiters the one that
+   * ends first counts, as in asyncio's `readuntil`. Resolves to `null` if the stream ends between two records. Rejects
+   * with {@linkcode IncompleteReadError} if it ends inside one, and with {@linkcode LimitOverrunError} if `limit` bytes
+   * hold no delimiter.
    *
    * @example
    * ```ts
@@ -2216,17 +2220,17 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
-   * Reads a line of UTF-8 text without its `"\n"` or `"\r\n"`; resolves to `null` at the
-   * end of the stream. A last line needs no end. Rejects with {@linkcode LimitOverrunError}
-   * if the line is longer than `limit` bytes. A kept line may keep up to 1 KiB alive.
+   * Reads a line of UTF-8 text without its `"\n"` or `"\r\n"`; resolves to `null` at the end of the stream. A last line
+   * needs no end. Rejects with {@linkcode LimitOverrunError} if the line is longer than `limit` bytes. A kept line may
+   * keep up to 1 KiB alive.
    */
   readLine(): Promise<string | null> {
     return this.#transport.read("readLine()", takeLine, undefined);
   }
 
   /**
-   * Looks at the next `count` bytes, a whole number of 0 or more, without reading them.
-   * Resolves to a copy, of fewer bytes if the stream ends before.
+   * Looks at the next `count` bytes, a whole number of 0 or more, without reading them. Resolves to a copy, of fewer
+   * bytes if the stream ends before.
    */
   peek(count: number): Promise<Uint8Array<ArrayBuffer>> {
     if (!(Number.isSafeInteger(count) && count >= 0)) {
@@ -2241,10 +2245,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
-   * Iterates over records that each have their length in front, as `writeFrame()` sends
-   * them: 4 bytes, big-endian by default. It throws {@linkcode LimitOverrunError} for a
-   * record of more than `limit` bytes, and {@linkcode IncompleteReadError} if the stream
-   * ends inside one. Leaving the loop early leaves the stream open.
+   * Iterates over records that each have their length in front, as `writeFrame()` sends them: 4 bytes, big-endian by
+   * default. It throws {@linkcode LimitOverrunError} for a record of more than `limit` bytes, and {@linkcode
+   * IncompleteReadError} if the stream ends inside one. Leaving the loop early leaves the stream open.
    *
    * @example
    * ```ts
@@ -2271,12 +2274,12 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
-   * Buffers `data`. It leaves when the handler waits for input, or at the end of this
-   * turn of the event loop, so many small writes become few large ones.
+   * Buffers `data`. It leaves when the handler waits for input, or at the end of this turn of the event loop, so many
+   * small writes become few large ones.
    *
    * @param data Bytes, left alone until the promise settles, or text as UTF-8.
-   * @returns Resolves at once, or, if more than `highWaterMark` bytes wait, once the kernel
-   * has `data`. Without `await` nothing holds back a writer that is faster than its peer.
+   * @returns Resolves at once, or, if more than `highWaterMark` bytes wait, once the kernel has `data`. Without `await`
+   * nothing holds back a writer that is faster than its peer.
    */
   write(data: Uint8Array | string): Promise<void> {
     return this.#transport.write(data);
@@ -2287,14 +2290,17 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     return this.#transport.flush();
   }
 
-  /** Sends all of `data` after all that was written before; resolves once the kernel has it. Leave bytes alone until then. */
+  /**
+   * Sends all of `data` after all that was written before; resolves once the kernel has it. Leave bytes alone until
+   * then.
+   */
   send(data: Uint8Array | string): Promise<void> {
     return this.#transport.send(data);
   }
 
   /**
-   * Buffers `payload` with its length in front, as `frames()` reads it. Settles as
-   * `write()` does; rejects with `RangeError` if the prefix has no room for the length.
+   * Buffers `payload` with its length in front, as `frames()` reads it. Settles as `write()` does; rejects with
+   * `RangeError` if the prefix has no room for the length.
    */
   writeFrame(payload: Uint8Array | string, options: FrameOptions = {}): Promise<void> {
     try {
@@ -2310,24 +2316,22 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
-   * Ends our side: the peer reads the end of the stream behind what was sent. Reading
-   * goes on. Resolves once the kernel has everything; a second call resolves too.
+   * Ends our side: the peer reads the end of the stream behind what was sent. Reading goes on. Resolves once the kernel
+   * has everything; a second call resolves too.
    */
   closeWrite(): Promise<void> {
     return this.#transport.closeWrite();
   }
 
   /**
-   * Goes on over another connection that `filter` makes of this one, in the middle of a
-   * conversation: STARTTLS. Written data is sent first. Received bytes must be read
-   * before, because an attacker could have inserted them.
+   * Goes on over another connection that `filter` makes of this one, in the middle of a conversation: STARTTLS. Written
+   * data is sent first. Received bytes must be read before, because an attacker could have inserted them.
    *
    * @param filter Makes the connection, such as `tls()` of the extra.
-   * @param options `handshakeTimeout`: milliseconds that it may take; above 0, `Infinity`
-   * for ever. Default: 5,000.
-   * @returns Resolves when the stream has the new connection. Rejects with
-   * `Deno.errors.Busy` if a read waits or received bytes are unread, and leaves the stream
-   * as it was; with the filter's error if that fails, and closes the stream.
+   * @param options `handshakeTimeout`: milliseconds that it may take; above 0, `Infinity` for ever. Default: 5,000.
+   * @returns Resolves when the stream has the new connection. Rejects with `Deno.errors.Busy` if a read waits or
+   * received bytes are unread, and leaves the stream as it was; with the filter's error if that fails, and closes the
+   * stream.
    */
   async upgrade(filter: ConnectionFilter, options: { handshakeTimeout?: number | undefined } = {}): Promise<void> {
     const { handshakeTimeout } = resolveOptions({ handshakeTimeout: SERVER_DEFAULTS.handshakeTimeout }, options);
@@ -2335,10 +2339,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
-   * Closes both sides; pending and later calls reject with `Deno.errors.BadResource`.
-   * Buffered bytes are still sent as long as the peer takes them. If it takes none for
-   * `timeout`, but 30 s at most, they are dropped. A second call does nothing. `await
-   * using` waits for the bytes.
+   * Closes both sides; pending and later calls reject with `Deno.errors.BadResource`. Buffered bytes are still sent as
+   * long as the peer takes them. If it takes none for `timeout`, but 30 s at most, they are dropped. A second call does
+   * nothing. `await using` waits for the bytes.
    */
   close(): void {
     this.#transport.close();
@@ -2422,8 +2425,8 @@ function encodeFrameLength(length: number, { lengthBytes, littleEndian }: FrameF
 /** The context of a {@linkcode ConnectionFilter}: its deadline, its host, and the end of the connection. */
 export interface FilterContext {
   /**
-   * Aborts when the `handshakeTimeout` is over, the server cuts the connection, or
-   * `connect()` gives up. Its reason is the error to reject with.
+   * Aborts when the `handshakeTimeout` is over, the server cuts the connection, or `connect()` gives up. Its reason is
+   * the error to reject with.
    */
   readonly signal: AbortSignal;
   /** The host that `connect()` was asked for; `undefined` on a server. */
@@ -2433,12 +2436,11 @@ export interface FilterContext {
 }
 
 /**
- * Turns an accepted or dialled connection into the one to go on with: the same one, or
- * one around it whose `under` is the given one. Its `remoteAddr` says who the client is.
+ * Turns an accepted or dialled connection into the one to go on with: the same one, or one around it whose `under` is
+ * the given one. Its `remoteAddr` says who the client is.
  *
- * A server closes the connection if a filter gives `null`, which refuses it quietly
- * (`stats.refused`, `handleRefuse()`), or throws, which is a failed handshake
- * (`stats.handshakeFailures`, `handleError()`).
+ * A server closes the connection if a filter gives `null`, which refuses it quietly (`stats.refused`,
+ * `handleRefuse()`), or throws, which is a failed handshake (`stats.handshakeFailures`, `handleError()`).
  *
  * @example A server for one network
  * ```ts
@@ -2492,9 +2494,9 @@ function runFilters(
 }
 
 /**
- * Makes a filter that refuses a connection of a host that has `limit` (whole, 1 or more)
- * open ones already; {@linkcode hostOf} says what one host is. Behind a proxy filter it
- * counts clients, before it proxies. Clients without a host pass.
+ * Makes a filter that refuses a connection of a host that has `limit` (whole, 1 or more) open ones already; {@linkcode
+ * hostOf} says what one host is. Behind a proxy filter it counts clients, before it proxies. Clients without a host
+ * pass.
  */
 export function perHost(limit: number): ConnectionFilter {
   if (!(limit >= 1 && (Number.isInteger(limit) || limit === Infinity))) {
@@ -2558,13 +2560,11 @@ class Pipe {
     return part.length;
   }
 
-  /** No more is put in. */
   end(): void {
     this.#isEnded = true;
     this.#wake();
   }
 
-  /** No more is taken out. */
   break(): void {
     this.#isBroken = true;
     this.#held = NO_BYTES;
@@ -2623,9 +2623,8 @@ class PairConn implements StreamConn {
 }
 
 /**
- * Makes two streams in memory, each the other's peer, with a socket's back-pressure and
- * half-close: a handler is tested without network and permissions. Python's
- * `socket.socketpair()`.
+ * Makes two streams in memory, each the other's peer, with a socket's back-pressure and half-close: a handler is tested
+ * without network and permissions. Python's `socket.socketpair()`.
  *
  * @example Testing a handler
  * ```ts
@@ -2669,11 +2668,10 @@ const DIAL_DEFAULTS: DialSettings = { ...STREAM_DEFAULTS, retries: 0, tls: false
 type DialAddress = Deno.NetAddr | Deno.UnixAddr;
 
 /**
- * Opens a connection to `{ hostname, port }` or `{ path }`. Resolves to the open stream,
- * which is the caller's to close. Rejects with the class and `code` of the last try's
- * error, such as `Deno.errors.ConnectionRefused` or `Deno.errors.TimedOut`; the message
- * says what was dialled, why it failed and after how many tries. A missing permission, a
- * wrong option and a failed TLS handshake are not tried again.
+ * Opens a connection to `{ hostname, port }` or `{ path }`. Resolves to the open stream, which is the caller's to
+ * close. Rejects with the class and `code` of the last try's error, such as `Deno.errors.ConnectionRefused` or
+ * `Deno.errors.TimedOut`; the message says what was dialled, why it failed and after how many tries. A missing
+ * permission, a wrong option and a failed TLS handshake are not tried again.
  *
  * @example
  * ```ts
@@ -2763,8 +2761,7 @@ async function open(address: DialAddress, settings: DialSettings, signal: AbortS
     if (!await runFilters(settings.filters, filtered, context)) {
       throw new Deno.errors.ConnectionAborted("a filter has refused the connection");
     }
-    const tls = settings.tls === true ? {} : settings.tls;
-    if (tls !== false) await startTls(filtered, tls, hostname ?? "", signal);
+    await startTls(filtered, settings.tls, hostname ?? "", signal);
     const stream = new SocketStream(filtered.conn, streamSettings(settings));
     transportOf(stream).releases.add(() => releases.callAll());
     return stream;
@@ -2788,19 +2785,22 @@ async function dialConn(address: DialAddress, noDelay: boolean, signal: AbortSig
   return conn;
 }
 
-/** A dial to a dead port of the ephemeral range may meet itself (TCP's simultaneous open), and would echo its own bytes. */
+/**
+ * A dial to a dead port of the ephemeral range may meet itself (TCP's simultaneous open), and would echo its own bytes.
+ */
 function isSelf({ localAddr, remoteAddr }: Deno.TcpConn): boolean {
   return localAddr.port === remoteAddr.port && localAddr.hostname === remoteAddr.hostname;
 }
 
 async function startTls(
   filtered: Filtered,
-  options: ConnectTlsOptions,
+  tls: boolean | ConnectTlsOptions,
   hostname: string,
   signal: AbortSignal,
 ): Promise<void> {
+  if (tls === false) return;
   const defaults: Resolved<ConnectTlsOptions> = { caCerts: [], serverName: hostname, alpnProtocols: [] };
-  const { caCerts, serverName, alpnProtocols } = resolveOptions(defaults, options);
+  const { caCerts, serverName, alpnProtocols } = resolveOptions(defaults, tls === true ? {} : tls);
   const { conn } = filtered;
   if (!isTcpConn(conn)) {
     throw new TypeError(
@@ -2849,8 +2849,7 @@ function signalOf(request: unknown): AbortSignal | undefined {
 /**
  * The class that a user extends: one object for each request.
  *
- * Override: `setup`, `handle`, `finish`. Read: `request`, `clientAddress`, `server`,
- * `signal`.
+ * Override: `setup`, `handle`, `finish`. Read: `request`, `clientAddress`, `server`, `signal`.
  *
  * @typeParam Request What the handler serves, such as a {@linkcode SocketStream}.
  * @typeParam Server The server that made the handler.
@@ -2871,8 +2870,8 @@ export abstract class BaseRequestHandler<Request, Server extends { readonly sign
   }
 
   /**
-   * Aborts when the server begins to shut down, or cuts the connection: come to an end.
-   * It is this request's own, so its listeners end with it.
+   * Aborts when the server begins to shut down, or cuts the connection: come to an end. It is this request's own, so
+   * its listeners end with it.
    */
   get signal(): AbortSignal {
     return signalOf(this.request) ?? this.server.signal;
@@ -2923,7 +2922,7 @@ type HandlerCalls = Pick<StreamRequestHandler, "setup" | "handle" | "finish">;
 
 /** Runs a handler's calls, without a promise for those that give none. */
 function runHandler(handler: HandlerCalls): void | Promise<void> {
-  const preparing = pending(handler.setup());
+  const preparing = asPromise(handler.setup());
   return preparing === undefined ? runPrepared(handler) : preparing.then(() => runPrepared(handler));
 }
 
@@ -2945,9 +2944,8 @@ async function failAndFinish(handler: HandlerCalls, error: unknown): Promise<nev
 // --- Accepting --------------------------------------------------------------
 
 /**
- * The meaning of an error of `accept()`: `"closed"` the listener was closed, `"peer"`
- * one client left before it was accepted, `"overload"` the system is out of
- * descriptors or memory for now, `"fatal"` anything else.
+ * The meaning of an error of `accept()`: `"closed"` the listener was closed, `"peer"` one client left before it was
+ * accepted, `"overload"` the system is out of descriptors or memory for now, `"fatal"` anything else.
  */
 export type AcceptFailure = "closed" | "peer" | "overload" | "fatal";
 
@@ -2974,8 +2972,8 @@ const PEER_CODES = new Set([
 const OVERLOAD_CODES = new Set(["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"]);
 
 /**
- * Classifies an error of `Deno.Listener.accept` by its `code` and not by its class:
- * `EMFILE` is a plain `Error`. It never reads `stack`, which opens a file.
+ * Classifies an error of `Deno.Listener.accept` by its `code` and not by its class: `EMFILE` is a plain `Error`. It
+ * never reads `stack`, which opens a file.
  */
 export function acceptFailure(error: unknown): AcceptFailure {
   const code = errorCode(error);
@@ -3001,7 +2999,9 @@ const BACKLOG_LOOK_MS = 10;
 /** Milliseconds of waiting for the backlog after which a connection has come too late, such as under a steady load. */
 const BACKLOG_PATIENCE_MS = 500;
 
-/** With more reads than these between two looks, accepting may not have had its turn: the runtime completes 128 a turn. */
+/**
+ * With more reads than these between two looks, accepting may not have had its turn: the runtime completes 128 a turn.
+ */
 const BUSY_READS = 64;
 
 /** Something that a server accepts from; a `Deno.Listener` is one. */
@@ -3013,9 +3013,8 @@ export interface Listener<Arrival> {
 }
 
 /**
- * A mailbox around a listener. An accept that is under way cannot be cancelled, so
- * what has arrived stays here until it is taken: a caller that stops waiting loses
- * nothing. No client's error ends it, and an exhaustion is waited out.
+ * A mailbox around a listener. An accept that is under way cannot be cancelled, so what has arrived stays here until it
+ * is taken: a caller that stops waiting loses nothing. No client's error ends it, and an exhaustion is waited out.
  */
 class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
   /** Aborts when the server stops: waits are short from then on. */
@@ -3029,7 +3028,10 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
   #overloadWait = 0;
   #count = 0;
 
-  /** Calls `onLost` for each client that left before it was accepted, and `onOverload` when the system is out of something. */
+  /**
+   * Calls `onLost` for each client that left before it was accepted, and `onOverload` when the system is out of
+   * something.
+   */
   constructor(
     readonly listener: Listener<Arrival>,
     readonly onLost: () => void,
@@ -3130,10 +3132,9 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
 // --- Sessions ---------------------------------------------------------------
 
 /**
- * The end of a connection: `"finished"` its handler is done, `"aborted"` the client
- * vanished, `"timedOut"` a deadline passed, `"error"` a handler or a hook threw,
- * `"rejected"` `verifyRequest()` turned it away, `"cut"` the server was closed or its
- * `grace` was over.
+ * The end of a connection: `"finished"` its handler is done, `"aborted"` the client vanished, `"timedOut"` a deadline
+ * passed, `"error"` a handler or a hook threw, `"rejected"` `verifyRequest()` turned it away, `"cut"` the server was
+ * closed or its `grace` was over.
  */
 export type Outcome = "finished" | "aborted" | "timedOut" | "error" | "rejected" | "cut";
 
@@ -3161,14 +3162,14 @@ abstract class Session<Request extends Traffic> {
   abstract get clientAddress(): Deno.Addr;
   /** Makes the request; `null` if it is not served, and `outcome` says why. */
   abstract open(): Request | null | Promise<Request | null>;
-  /** The outcome of an error; `undefined` if it only tells that the server has cut the session off. */
+  /** The outcome of an error; `undefined` if it only echoes that the server has cut the session off. */
   abstract outcomeOf(error: unknown): ErrorOutcome | undefined;
   /** Ends it if its client has nothing under way, or in any case if it `isLate`. */
   drain(_isLate: boolean): void {}
   /** Ends it now; its handler's calls reject with `error`. */
   cut(_error?: Error): void {}
 
-  /** Trouble that no handler has told of: a deadline that it kept to itself, or bytes that could not be sent. */
+  /** The outcome if the handler threw nothing: a deadline closed the stream, or buffered bytes could not be sent. */
   get silentOutcome(): "aborted" | "timedOut" | undefined {
     return undefined;
   }
@@ -3237,7 +3238,7 @@ class StreamSession extends Session<SocketStream> {
     const controller = this.#handshake = new AbortController();
     const context = { signal: controller.signal, onEnd: (release: () => void) => this.releases.add(release) };
     const passed = runFilters(filters, this, context);
-    const waiting = pending(passed);
+    const waiting = asPromise(passed);
     return waiting === undefined ? this.#makeRequest(passed === true) : this.#awaitFilters(waiting, controller);
   }
 
@@ -3290,7 +3291,7 @@ class StreamSession extends Session<SocketStream> {
 /** The time between two looks at which clients a shutdown can end; bytes that reached us already are read in it. */
 const DRAIN_LOOK_MS = 50;
 
-/** Milliseconds that a client which was just accepted has to say its first word when the server drains. */
+/** Milliseconds that a newly accepted client has to send its first bytes during a shutdown. */
 const DRAIN_FIRST_WORD_MS = 500;
 
 /** Milliseconds that handlers which were cut off have to run their `finish()`. */
@@ -3339,7 +3340,10 @@ export interface OpenConnection extends Traffic {
   readonly clientAddress: Deno.Addr;
   /** Milliseconds since it was accepted. */
   readonly age: number;
-  /** The call that waits for the client, such as `"readLine()"` or `"send()"`; `"handshake"` in the filters; else `"handler"`. */
+  /**
+   * The call that waits for the client, such as `"readLine()"` or `"send()"`; `"handshake"` in the filters; else
+   * `"handler"`.
+   */
   readonly waitsFor: string;
 }
 
@@ -3367,17 +3371,16 @@ const COUNTER_OF = {
 /**
  * The base of all servers: lifecycle, hooks and end. Its constructor opens nothing.
  *
- * Call: `listen`, `serveForever`, `handleRequest`, `shutdown`, `close`. Read: `address`,
- * `signal`, `stats`. Override: `verifyRequest`, `processRequest`, `finishRequest`,
- * `handleError`, `handleTimeout`, `serviceActions`, `handleOverload`. A new kind of
- * server extends {@linkcode StreamServer} or {@linkcode DatagramServer} and overrides
+ * Call: `listen`, `serveForever`, `handleRequest`, `shutdown`, `close`. Read: `address`, `signal`, `stats`. Override:
+ * `verifyRequest`, `processRequest`, `finishRequest`, `handleError`, `handleTimeout`, `serviceActions`,
+ * `handleOverload`. A new kind of server extends {@linkcode StreamServer} or {@linkcode DatagramServer} and overrides
  * `listen`, which calls `adopt` or `adoptSocket`.
  */
 export abstract class BaseServer<Request extends Traffic, Address extends Deno.Addr = Deno.Addr, Arrival = unknown>
   implements AsyncDisposable {
   readonly #grace: number;
   readonly #maxSessions: number;
-  readonly #repliesByListener: boolean;
+  readonly #keepsListener: boolean;
   readonly #controller = new AbortController();
   /** In no order: each session knows its index. */
   readonly #sessions: Session<Request>[] = [];
@@ -3408,21 +3411,21 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   #draining: Promise<ShutdownReport> | undefined;
   #change: PromiseWithResolvers<void> | undefined;
   #overloadedAt = -Infinity;
-  /** What arrives now has come after the shutdown had begun. */
-  #isDrained = false;
+  /** The backlog is served: what arrives now comes too late. */
+  #dropsArrivals = false;
 
-  /** `grace` in milliseconds; `repliesByListener`: handlers need the listener until they are done. */
-  protected constructor(grace: number, maxSessions: number, repliesByListener = false) {
+  /** `grace` in milliseconds; `keepsListener`: handlers need the listener until they are done. */
+  protected constructor(grace: number, maxSessions: number, keepsListener = false) {
     this.#grace = grace;
     this.#maxSessions = maxSessions;
-    this.#repliesByListener = repliesByListener;
+    this.#keepsListener = keepsListener;
   }
 
   /**
-   * Binds the address and returns it, with the real port for port 0. Clients can connect;
-   * `serveForever()` and `handleRequest()`, which call it by themselves, serve them. A
-   * second call returns the same. Throws, or rejects with, `Deno.errors.AddrInUse`,
-   * `Deno.errors.NotCapable` without the permission, `TypeError` if the server is closed.
+   * Binds the address and returns it, with the real port for port 0. Clients can connect; `serveForever()` and
+   * `handleRequest()`, which call it by themselves, serve them. A second call returns the same. Throws, or rejects
+   * with, `Deno.errors.AddrInUse`, `Deno.errors.NotCapable` without the permission, `TypeError` if the server is
+   * closed.
    */
   abstract listen(): Address | Promise<Address>;
 
@@ -3436,7 +3439,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     throw new TypeError("Cannot tell the address: the server does not listen yet, call listen()");
   }
 
-  /** Aborts when the server shuts down, behind the backlog or after 500 ms of it. A handler has its own, as `this.signal`. */
+  /** Aborts during a shutdown, once the backlog is served or after 500 ms. A handler has its own, `this.signal`. */
   get signal(): AbortSignal {
     return this.#controller.signal;
   }
@@ -3452,9 +3455,9 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    * Serves until {@linkcode BaseServer.shutdown} or {@linkcode BaseServer.close}.
    *
    * @param options The abort of `signal` is a call of `shutdown()`.
-   * @returns Resolves once the shutdown is over. Rejects with the error of `listen()`, after
-   * which it may be called again; with `Deno.errors.Busy` if the server serves already; and
-   * with an error of accepting that cannot be waited out, which closes the server.
+   * @returns Resolves once the shutdown is over. Rejects with the error of `listen()`, after which it may be called
+   * again; with `Deno.errors.Busy` if the server serves already; and with an error of accepting that cannot be waited
+   * out, which closes the server.
    */
   async serveForever(options: { signal?: AbortSignal | undefined } = {}): Promise<void> {
     const { signal } = resolveOptions<{ signal: AbortSignal | undefined }>({ signal: undefined }, options);
@@ -3477,9 +3480,9 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   /**
-   * Serves one request; Python's `handle_request()`. Resolves when it was served, when none
-   * came within `timeout` (milliseconds above 0, default `Infinity`) and `handleTimeout()`
-   * has run, or when the server is closed. Rejects as `serveForever()` does.
+   * Serves one request; Python's `handle_request()`. Resolves when it was served, when none came within `timeout`
+   * (milliseconds above 0, default `Infinity`) and `handleTimeout()` has run, or when the server is closed. Rejects as
+   * `serveForever()` does.
    */
   async handleRequest(options: { timeout?: number | undefined } = {}): Promise<void> {
     const { timeout } = resolveOptions({ timeout: Infinity }, options);
@@ -3497,15 +3500,13 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    *
    * 1. It stops accepting; clients that wait in the kernel's backlog are still served.
    * 2. `signal` aborts.
-   * 3. Handlers finish what they have begun. A read that would wait for a new message
-   *    reads the end of the stream. Clients that have just connected get half a second
-   *    to say their first word.
+   * 3. Handlers finish what they have begun. A read that would wait for a new message reads the end of the stream.
+   *    Clients that have just connected get half a second to say their first word.
    * 4. After `grace` the rest are cut off; their `finish()` has 200 ms.
    *
-   * It may be called before the start, and again: it is the same shutdown, with the first
-   * call's `grace` (default: the server's option); `close()` shortens it. A handler calls
-   * it without `await`, as the promise waits for that handler, too. Never rejects; the
-   * address is free when it resolves.
+   * It may be called before the start, and again: it is the same shutdown, with the first call's `grace` (default: the
+   * server's option); `close()` shortens it. A handler calls it without `await`, as the promise waits for that handler,
+   * too. Never rejects; the address is free when it resolves.
    *
    * @example
    * ```ts
@@ -3529,7 +3530,10 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     return this.#draining ??= this.#drain(grace);
   }
 
-  /** Ends the server now: it stops accepting and cuts all clients off. `serveForever()` resolves soon after. A second call does nothing. */
+  /**
+   * Ends the server now: it stops accepting and cuts all clients off. `serveForever()` resolves soon after. A second
+   * call does nothing.
+   */
   close(): void {
     if (this.#phase === "closed") return;
     this.#phase = "closed";
@@ -3550,25 +3554,27 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     return true;
   }
 
-  /** Serves a verified request, by default with `finishRequest()`. Override it to put something around every request: a lock, a measurement. */
+  /**
+   * Serves a verified request, by default with `finishRequest()`. Override it to put something around every request: a
+   * lock, a measurement.
+   */
   processRequest(request: Request, clientAddress: Deno.Addr): void | Promise<void> {
     return this.finishRequest(request, clientAddress);
   }
 
   /**
-   * Makes the handler and runs its `setup()`, `handle()` and `finish()`. Throws, or rejects
-   * with, its error; a `SuppressedError` of both if `finish()` threw after `handle()` had.
+   * Makes the handler and runs its `setup()`, `handle()` and `finish()`. Throws, or rejects with, its error; a
+   * `SuppressedError` of both if `finish()` threw after `handle()` had.
    */
   abstract finishRequest(request: Request, clientAddress: Deno.Addr): void | Promise<void>;
 
   /**
-   * Runs after a handler, a hook or a filter threw; then the connection is closed. The
-   * default prints the program's own errors with their stack, and failed handshakes in one
-   * line, one a second at most. It prints nothing of clients that vanished or ran into a
-   * deadline.
+   * Runs after a handler, a hook or a filter threw; then the connection is closed. The default prints the program's own
+   * errors with their stack, and failed handshakes in one line, one a second at most. It prints nothing of clients that
+   * vanished or ran into a deadline.
    *
-   * @param outcome `"aborted"` and `"timedOut"` if the error is that of the client's own
-   * connection, `"handshakeFailed"` if it is a filter's, else `"error"`.
+   * @param outcome `"aborted"` and `"timedOut"` if the error is that of the client's own connection,
+   * `"handshakeFailed"` if it is a filter's, else `"error"`.
    */
   handleError(error: unknown, clientAddress: Deno.Addr, outcome: ErrorOutcome): void | Promise<void> {
     const client = formatAddress(clientAddress);
@@ -3585,9 +3591,8 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   serviceActions(): void | Promise<void> {}
 
   /**
-   * Runs when descriptors or memory have run out, once per shortage; 5 s without one end
-   * it. Clients wait in the backlog meanwhile. The default prints one line. Do not read the
-   * error's `stack`, which opens a file.
+   * Runs when descriptors or memory have run out, once per shortage; 5 s without one end it. Clients wait in the
+   * backlog meanwhile. The default prints one line. Do not read the error's `stack`, which opens a file.
    */
   handleOverload(error: unknown): void | Promise<void> {
     const where = this.#address === undefined ? "" : ` on ${formatAddress(this.#address)}`;
@@ -3595,7 +3600,10 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     console.error(`Cannot accept connections${where} for now: ${messageOf(error)}${advice}`);
   }
 
-  /** Closes a request when its handler is done; Python's `shutdown_request()`. Resolves when nothing of it is left to be sent. */
+  /**
+   * Closes a request when its handler is done; Python's `shutdown_request()`. Resolves when nothing of it is left to be
+   * sent.
+   */
   protected abstract closeRequest(request: Request): void | Promise<void>;
 
   /** To be called by `listen()`: accepts from `listener` from now on, and closes it in the end. Returns `address`. */
@@ -3652,14 +3660,17 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
 
   /** Clients wait in the backlog; datagrams that are too many are received, dropped and counted. */
   get #mustWait(): boolean {
-    return this.#isFull && !this.#repliesByListener && this.#phase !== "closed";
+    return this.#isFull && !this.#keepsListener && this.#phase !== "closed";
   }
 
   get #isClosing(): boolean {
     return this.#phase === "draining" || this.#phase === "closed";
   }
 
-  /** Listens and runs `work`, one at a time. An error of accepting closes the server; after one of listening it may be tried again. */
+  /**
+   * Listens and runs `work`, one at a time. An error of accepting closes the server; after one of listening it may be
+   * tried again.
+   */
   async #serveBy<T>(
     call: "serveForever()" | "handleRequest()",
     work: (acceptor: Acceptor<Arrival>) => Promise<T>,
@@ -3690,7 +3701,6 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     return () => clearInterval(timer);
   }
 
-  /** The accept loop. */
   async #serveArrivals(acceptor: Acceptor<Arrival>): Promise<void> {
     for await (const arrival of acceptor) {
       this.#serve(arrival);
@@ -3698,9 +3708,11 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     }
   }
 
-  /** Serves an arrival; never rejects. Callbacks and no `async`: each layer costs an idle connection half a kilobyte. */
+  /**
+   * Serves an arrival; never rejects. Callbacks and no `async`: each layer costs an idle connection half a kilobyte.
+   */
   #serve(arrival: Arrival): void | Promise<void> {
-    const session = this.newSession(arrival, this.#isFull || this.#isDrained);
+    const session = this.newSession(arrival, this.#isFull || this.#dropsArrivals);
     if (typeof session === "string") return void this.#counts[session]++;
     session.index = this.#sessions.push(session) - 1;
     this.#counts.accepted++;
@@ -3711,7 +3723,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
       const served = opened instanceof Promise
         ? opened.then((request) => this.#process(session, request))
         : this.#process(session, opened);
-      const serving = pending(served);
+      const serving = asPromise(served);
       if (serving !== undefined) {
         return serving.then(() => this.#finish(session), (error) => this.#fail(error, session));
       }
@@ -3748,7 +3760,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
       const errors = error instanceof SuppressedError ? [error.suppressed, error.error] : [error];
       for (const each of errors) {
         const told = this.#report(each, session);
-        if (session.request !== undefined) await told; // Before there is a request, no place depends on a hook.
+        if (session.request !== undefined) await told; // A failed filter must not keep its place while the hook runs.
       }
     } catch {
       this.#counts.errors++; // The code of what was thrown has thrown.
@@ -3773,7 +3785,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
 
   #startClosing(session: Session<Request>): Promise<void> | undefined {
     try {
-      if (session.request !== undefined) return pending(this.closeRequest(session.request));
+      if (session.request !== undefined) return asPromise(this.closeRequest(session.request));
       session.cut();
     } catch (error) {
       this.#noteUnclosed(error, session);
@@ -3843,8 +3855,8 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   /** Serves the backlog, and what a `handleRequest()` has waited for in vain; resolves when the address is free. */
   async #stopAccepting(): Promise<void> {
     if (this.#serving === "serveForever()") await this.#acceptor?.quiet();
-    this.#isDrained = this.#repliesByListener;
-    if (this.#isDrained) await this.#idle();
+    this.#dropsArrivals = this.#keepsListener;
+    if (this.#dropsArrivals) await this.#idle();
     await this.#acceptor?.close();
     const arrival = this.#acceptor?.takeLeft();
     if (arrival !== undefined) this.#serve(arrival);
@@ -3876,7 +3888,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     for (const session of [...this.#sessions]) this.#cut(session);
   }
 
-  /** Its handler may never end, so it is over for all others now. */
+  /** Ends the session for everyone else now; its handler may never return. */
   #cut(session: Session<Request>): void {
     if (session.isCut) return;
     session.outcome = "cut";
@@ -3915,8 +3927,8 @@ function addTraffic(sum: { bytesRead: number; bytesWritten: number }, session: T
 }
 
 /**
- * A server of connections. Besides those of {@linkcode BaseServer}, override:
- * `getRequest`, `handleOpen`, `handleClose`, `handleRefuse`. Read: `openConnections`.
+ * A server of connections. Besides those of {@linkcode BaseServer}, override: `getRequest`, `handleOpen`,
+ * `handleClose`, `handleRefuse`. Read: `openConnections`.
  */
 export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
   extends BaseServer<SocketStream, Address, StreamConn> {
@@ -3935,9 +3947,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
     this.#streamSettings = streamSettings(settings);
   }
 
-  /**
-   * The open connections, the oldest one first.
-   */
+  /** The open connections, the oldest one first. */
   get openConnections(): OpenConnection[] {
     const now = performance.now();
     const connections = this.openSessions.map((session) => ({
@@ -3959,8 +3969,8 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
   handleOpen(_request: SocketStream, _clientAddress: Deno.Addr): void | Promise<void> {}
 
   /**
-   * Runs at the end of each connection that became a stream; the handler is done, unless it was cut off.
-   * Nothing waits for its promise.
+   * Runs at the end of each connection that became a stream; the handler is done, unless it was cut off. Nothing waits
+   * for its promise.
    *
    * @example An access log
    * ```ts
@@ -3978,7 +3988,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
   /** Runs for each connection that a filter refused. No other hook runs for it, and nothing waits for its promise. */
   handleRefuse(_clientAddress: Deno.Addr): void | Promise<void> {}
 
-  /** Makes the handler and runs its `setup()`, `handle()` and `finish()`. */
+  /** See {@linkcode BaseServer.finishRequest}. */
   override finishRequest(request: SocketStream, clientAddress: Deno.Addr): void | Promise<void> {
     return runHandler(new this.#Handler(request, clientAddress, this));
   }
@@ -4024,7 +4034,10 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
 
 // --- TCP and Unix servers ---------------------------------------------------
 
-/** In a burst over the backlog clients wait for a second and more: with the runtime's 511, 1,488 of 2,000 did; with 4,096 none. */
+/**
+ * In a burst over the backlog clients wait for a second and more: with the runtime's 511, 1,488 of 2,000 did; with
+ * 4,096 none.
+ */
 const TCP_BACKLOG = 4_096;
 
 /** listen(2) takes an `int`; of a larger number the runtime makes one that may be 0. */
@@ -4033,28 +4046,28 @@ const MAX_TCP_BACKLOG = 2_147_483_647;
 /** The address of a {@linkcode TcpServer}. */
 export interface TcpServerAddress {
   /**
-   * The address of an interface, or a name that resolves to one. `"0.0.0.0"` is all IPv4
-   * interfaces, `"::"` all of IPv6 and (on Linux) IPv4.
+   * The address of an interface, or a name that resolves to one. `"0.0.0.0"` is all IPv4 interfaces, `"::"` all of IPv6
+   * and (on Linux) IPv4.
    * @default {"127.0.0.1"}
    */
   hostname?: string | undefined;
   /** The port, from 1 to 65535; 0 takes a free one. */
   port: number;
   /**
-   * Connections that may wait in the kernel, from 1 to 2,147,483,647; the kernel takes the
-   * smaller of it and net.core.somaxconn.
+   * Connections that may wait in the kernel, from 1 to 2,147,483,647; the kernel takes the smaller of it and
+   * net.core.somaxconn.
    * @default {4_096}
    */
   tcpBacklog?: number | undefined;
   /**
-   * Whether several processes may listen on the port (`SO_REUSEPORT`), among which the
-   * kernel spreads the connections. Linux only, with `--unstable-net`.
+   * Whether several processes may listen on the port (`SO_REUSEPORT`), among which the kernel spreads the connections.
+   * Linux only, with `--unstable-net`.
    * @default {false}
    */
   reusePort?: boolean | undefined;
   /**
-   * Whether several threads of this process may listen on the port, which is not 0, and
-   * take from one queue, as in `deno serve --parallel`. Deno does not document it.
+   * Whether several threads of this process may listen on the port, which is not 0, and take from one queue, as in
+   * `deno serve --parallel`. Deno does not document it.
    * @default {false}
    */
   loadBalanced?: boolean | undefined;
@@ -4069,8 +4082,8 @@ const TCP_DEFAULTS: Resolved<TcpServerAddress> = {
 };
 
 /**
- * A TCP server: Python's `ThreadingTCPServer`, and with `maxConnections: 1` its
- * `TCPServer`. `SO_REUSEADDR` is always set, so a restart finds its port free.
+ * A TCP server: Python's `ThreadingTCPServer`, and with `maxConnections: 1` its `TCPServer`. `SO_REUSEADDR` is always
+ * set, so a restart finds its port free.
  *
  * @example
  * ```ts
@@ -4131,8 +4144,8 @@ export interface UnixServerAddress {
   /** The path of the socket file, of 107 bytes at most. With `"\0"` in front it is a name without a file (Linux). */
   path: string;
   /**
-   * The permissions of the socket file, from 0 to `0o777`: programs that may write to it
-   * may connect. Until it is set, the umask applies.
+   * The permissions of the socket file, from 0 to `0o777`: programs that may write to it may connect. Until it is set,
+   * the umask applies.
    * @default What the umask leaves of 0o777.
    */
   mode?: number | undefined;
@@ -4141,7 +4154,9 @@ export interface UnixServerAddress {
 /** All permissions that a file can grant. */
 const MAX_MODE = 0o777;
 
-/** The paths whose servers are closing. The runtime removes the file late, and by its path: it would take a successor's for it. */
+/**
+ * Paths whose servers are closing. The runtime removes the file late and by its path, so it could remove a successor's.
+ */
 const unbinding = new Map<string, Promise<void>>();
 
 /** The file of a Unix socket. A name that begins with `"\0"` has none. */
@@ -4239,7 +4254,7 @@ function fileAt(path: string): Deno.FileInfo | undefined {
   }
 }
 
-/** Gives the file at `path` a second name, but asks no person for a permission: the program ends, perhaps unwatched. */
+/** Gives the file a second name. Throws instead of prompting for a permission: nobody may be there to answer. */
 function linkQuietly(path: string, aside: string): void {
   for (const name of ["read", "write"] as const) {
     if (Deno.permissions.querySync({ name, path: aside }).state === "granted") continue;
@@ -4254,7 +4269,7 @@ function restoreLink(aside: string, path: string): void {
   if (fileAt(aside) !== undefined) Deno.removeSync(aside); // Both names were there: rename(2) does nothing then.
 }
 
-/** The number of a file that is gone may be a new one's, but that is born later. */
+/** An inode number may be reused; then the birth time differs. */
 function isSameFile(file: Deno.FileInfo | undefined, other: Deno.FileInfo | undefined): boolean {
   return file !== undefined && other !== undefined && file.ino === other.ino && file.dev === other.dev &&
     file.birthtime?.getTime() === other.birthtime?.getTime();
@@ -4283,10 +4298,9 @@ class FileListener<Arrival> implements Listener<Arrival> {
 /**
  * A server for programs of the same machine: Python's `ThreadingUnixStreamServer`.
  *
- * A socket file that a dead server has left is replaced. A live server's socket, or any
- * other file, is `Deno.errors.AddrInUse`. The file is removed when the server stops.
- * If it is another server's by then, it stays, as long as the program may write to the
- * folder; else it goes, too, and a sentence says so.
+ * A socket file that a dead server has left is replaced. A live server's socket, or any other file, is
+ * `Deno.errors.AddrInUse`. The file is removed when the server stops. If it is another server's by then, it stays, as
+ * long as the program may write to the folder; else it goes, too, and a sentence says so.
  *
  * It needs `--allow-read` and `--allow-write` of the path, and `--allow-net=unix:PATH`.
  *
@@ -4319,7 +4333,10 @@ export class UnixServer extends StreamServer<Deno.UnixAddr> {
     this.#file = new SocketFile(address);
   }
 
-  /** Makes the socket file and lets clients connect; see {@linkcode BaseServer.listen}. Asynchronous, because it first dials a server that may be there. */
+  /**
+   * Makes the socket file and lets clients connect; see {@linkcode BaseServer.listen}. Asynchronous, because it first
+   * dials a server that may be there.
+   */
   override listen(): Promise<Deno.UnixAddr> {
     const address = { transport: "unix", path: this.#file.path } as const;
     return this.#file.bindOnce(address, async () => {
@@ -4368,8 +4385,8 @@ export class Datagram {
   }
 
   /**
-   * The bytes, which are the handler's to keep; there may be none. They lie beside other
-   * datagrams in one buffer: take a `slice()` to keep them for long or to transfer them.
+   * The bytes, which are the handler's to keep; there may be none. They lie beside other datagrams in one buffer: take
+   * a `slice()` to keep them for long or to transfer them.
    */
   readonly data: Uint8Array<ArrayBuffer>;
   /** The sender's address. */
@@ -4400,10 +4417,9 @@ export class Datagram {
   }
 
   /**
-   * Sends bytes, or text as UTF-8, back to the client: 65,507 bytes at most. Resolves once
-   * the kernel has it; nothing tells whether it arrives. Rejects if it is too long, if the
-   * client cannot be answered, with `Deno.errors.TimedOut` if a Unix client took nothing
-   * for a second, and with `Deno.errors.BadResource` if the server is closed.
+   * Sends bytes, or text as UTF-8, back to the client: 65,507 bytes at most. Resolves once the kernel has it; nothing
+   * tells whether it arrives. Rejects if it is too long, if the client cannot be answered, with `Deno.errors.TimedOut`
+   * if a Unix client took nothing for a second, and with `Deno.errors.BadResource` if the server is closed.
    */
   reply(data: Uint8Array | string): Promise<void> {
     const mistake = checkData("reply()", data);
@@ -4425,7 +4441,7 @@ export class Datagram {
       error,
       `Cannot reply with ${count} bytes to ${formatAddress(this.clientAddress)}: ${reason}`,
     );
-    // A missing permission and a reply that is too long are the program's own mistakes.
+    // Not the client's fault: a missing permission, or a reply that is too long.
     const isOwnMistake = isForbidden || errorCode(error) === "EMSGSIZE";
     if (this.#session !== undefined && !isOwnMistake) this.#session.raised = failure;
     throw failure;
@@ -4459,8 +4475,8 @@ class DatagramSession extends Session<Datagram> {
 }
 
 /**
- * A server of datagrams: each is a request with a handler of its own, and up to
- * `maxConcurrent` are served side by side. It needs `--unstable-net`.
+ * A server of datagrams: each is a request with a handler of its own, and up to `maxConcurrent` are served side by
+ * side. It needs `--unstable-net`.
  */
 export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr>
   extends BaseServer<Datagram, Address, [Uint8Array<ArrayBuffer>, Deno.Addr]> {
@@ -4485,7 +4501,10 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr>
     return runHandler(new this.#Handler(request, clientAddress, this));
   }
 
-  /** Does what {@linkcode BaseServer.handleError} says; of clients that cannot be answered it prints one line a second at most. */
+  /**
+   * Does what {@linkcode BaseServer.handleError} says; of clients that cannot be answered it prints one line a second
+   * at most.
+   */
   override handleError(error: unknown, clientAddress: Deno.Addr, outcome: ErrorOutcome): void | Promise<void> {
     if (outcome === "aborted") printNotice(messageOf(error));
     else return super.handleError(error, clientAddress, outcome);
@@ -4530,10 +4549,9 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr>
 /** The address of a {@linkcode UdpServer}. */
 export interface UdpServerAddress {
   /**
-   * The address of an interface, or a name that resolves to one. On `"0.0.0.0"` and
-   * `"::"` an answer may leave from another address of this machine than the client has
-   * asked, and most clients drop it; the runtime cannot choose. On a machine with several
-   * addresses run a server on each.
+   * The address of an interface, or a name that resolves to one. On `"0.0.0.0"` and `"::"` an answer may leave from
+   * another address of this machine than the client has asked, and most clients drop it; the runtime cannot choose. On
+   * a machine with several addresses run a server on each.
    * @default {"127.0.0.1"}
    */
   hostname?: string | undefined;
@@ -4542,8 +4560,8 @@ export interface UdpServerAddress {
 }
 
 /**
- * A UDP server: Python's `ThreadingUDPServer`. With `maxConcurrent: 1` it is its
- * `UDPServer`, but drops datagrams that come while it is busy. It needs `--unstable-net`.
+ * A UDP server: Python's `ThreadingUDPServer`. With `maxConcurrent: 1` it is its `UDPServer`, but drops datagrams that
+ * come while it is busy. It needs `--unstable-net`.
  *
  * @example
  * ```ts
@@ -4590,12 +4608,11 @@ export class UdpServer extends DatagramServer<Deno.NetAddr> {
 }
 
 /**
- * A server of Unix datagrams: Python's `ThreadingUnixDatagramServer`. It needs
- * `--unstable-net`, and `--allow-read` and `--allow-write` of its path and of its clients'
- * paths. It treats its socket file as {@linkcode UnixServer} does.
+ * A server of Unix datagrams: Python's `ThreadingUnixDatagramServer`. It needs `--unstable-net`, and `--allow-read` and
+ * `--allow-write` of its path and of its clients' paths. It treats its socket file as {@linkcode UnixServer} does.
  *
- * A client that wants an answer binds its socket to a path and does not connect it, as
- * replies leave by another socket. A client that reads no answers is given up after a second.
+ * A client that wants an answer binds its socket to a path and does not connect it, as replies leave by another socket.
+ * A client that reads no answers is given up after a second.
  */
 export class UnixDatagramServer extends DatagramServer<Deno.UnixAddr> {
   readonly #file: SocketFile;
@@ -4627,9 +4644,8 @@ export class UnixDatagramServer extends DatagramServer<Deno.UnixAddr> {
 }
 
 /**
- * A bound Unix datagram socket that can send while it receives, which the runtime's
- * cannot ("Socket already in use"; Deno 2.9.6): each reply leaves by a socket of its
- * own, so that a client that does not read holds up no other.
+ * A bound Unix datagram socket that can send while it receives, which the runtime's cannot ("Socket already in use";
+ * Deno 2.9.6): each reply leaves by a socket of its own, so that a client that does not read holds up no other.
  */
 class UnixDatagramSocket implements DatagramSocket {
   /** The last send to each client that one is under way to. */
@@ -4655,7 +4671,9 @@ class UnixDatagramSocket implements DatagramSocket {
     }
   }
 
-  /** Sends one after the other to each client, so that a client that does not read takes one descriptor and not many. */
+  /**
+   * Sends one after the other to each client, so that a client that does not read takes one descriptor and not many.
+   */
   #inTurn(data: Uint8Array, to: Deno.UnixAddr): Promise<number> {
     const before = this.#turns.get(to.path) ?? DONE;
     const sent = before.then(() => this.#sendInTime(data, to));
@@ -4692,9 +4710,9 @@ async function sendFromNowhere(data: Uint8Array, to: Deno.Addr): Promise<number>
 }
 
 /**
- * The server of a {@linkcode DatagramClient}: a host (default `"127.0.0.1"`) and port, or
- * the path of a Unix socket and of the client's own, which is made, and removed at the
- * end. `timeout`: milliseconds that `recv()` waits, above 0; default `Infinity`.
+ * The server of a {@linkcode DatagramClient}: a host (default `"127.0.0.1"`) and port, or the path of a Unix socket and
+ * of the client's own, which is made, and removed at the end. `timeout`: milliseconds that `recv()` waits, above 0;
+ * default `Infinity`.
  */
 export type DatagramClientOptions =
   & { timeout?: number | undefined }
@@ -4709,9 +4727,9 @@ interface OpenClient {
 }
 
 /**
- * The other end of a {@linkcode DatagramServer}: it sends to one server, and takes
- * datagrams from that one only. The first call opens the socket. It needs
- * `--unstable-net`. Over a Unix socket the runtime cannot send while a `recv()` waits.
+ * The other end of a {@linkcode DatagramServer}: it sends to one server, and takes datagrams from that one only. The
+ * first call opens the socket. It needs `--unstable-net`. Over a Unix socket the runtime cannot send while a `recv()`
+ * waits.
  *
  * @example
  * ```ts
@@ -4743,9 +4761,9 @@ export class DatagramClient implements Disposable {
   }
 
   /**
-   * Sends bytes, or text as UTF-8: 65,507 bytes at most. Resolves once the kernel has it;
-   * nothing tells whether it arrives. Rejects with `Deno.errors.NotCapable` without the
-   * permission, and with `TypeError` without `--unstable-net`.
+   * Sends bytes, or text as UTF-8: 65,507 bytes at most. Resolves once the kernel has it; nothing tells whether it
+   * arrives. Rejects with `Deno.errors.NotCapable` without the permission, and with `TypeError` without
+   * `--unstable-net`.
    */
   async send(data: Uint8Array | string): Promise<void> {
     const mistake = checkData("send()", data);
@@ -4761,9 +4779,9 @@ export class DatagramClient implements Disposable {
   }
 
   /**
-   * Receives the next datagram of the server; its bytes are the caller's. Rejects with
-   * `Deno.errors.TimedOut` if none came within `timeout`, and with `Deno.errors.Busy` if
-   * another call waits. A datagram that comes later answers the next call.
+   * Receives the next datagram of the server; its bytes are the caller's. Rejects with `Deno.errors.TimedOut` if none
+   * came within `timeout`, and with `Deno.errors.Busy` if another call waits. A datagram that comes later answers the
+   * next call.
    */
   async recv(): Promise<Uint8Array<ArrayBuffer>> {
     if (this.#isWaiting) throw new Deno.errors.Busy("Cannot recv(): another recv() waits on the same socket");
