@@ -16,10 +16,13 @@ import { Program } from "./programs.ts";
 import { Echo, networkTest, programTest, rejectionOf, unixTest, until, withServer } from "./testing.ts";
 
 /** Runs `test` with the port of a TLS server that sends back what it gets. */
-async function withTlsServer(test: (port: number, certificates: Certificates) => Promise<void>): Promise<void> {
+async function withTlsServer(
+  test: (port: number, certificates: Certificates) => Promise<void>,
+  hostname = "127.0.0.1",
+): Promise<void> {
   await withCertificates(async (certificates) => {
     const { cert, key } = certificates.server;
-    const listener = Deno.listenTls({ hostname: "127.0.0.1", port: 0, cert, key, alpnProtocols: ["echo/2", "echo/1"] });
+    const listener = Deno.listenTls({ hostname, port: 0, cert, key, alpnProtocols: ["echo/2", "echo/1"] });
     const ends: Promise<void>[] = [];
     const serving = (async () => {
       for await (const conn of listener) {
@@ -50,6 +53,14 @@ programTest("connect({ tls }) speaks TLS with a server that an authority of the 
       assertEquals(await stream.recv(), null);
     }
   });
+});
+
+programTest("connect({ tls }) checks the certificate for the address in the brackets of a hostname", async () => {
+  await withTlsServer(async (port, { ca }) => {
+    await using stream = await connect({ hostname: "[::1]", port, tls: { caCerts: [ca.cert] } });
+    await stream.send("hello\n");
+    assertEquals(await stream.readLine(), "hello");
+  }, "::1");
 });
 
 /** Options whose handshake fails. */
