@@ -1914,14 +1914,15 @@ class Transport implements Watched {
       reject: (error) => controller.abort(error),
     };
     this.#watchFor(timeout);
+    const filtered = { conn: this.conn };
     try {
       await unlessAborted(this.output.hold(), controller.signal);
-      const filtered = { conn: this.conn };
       const context = { signal: controller.signal, onEnd: (release: () => void) => this.releases.add(release) };
       const passed = Promise.try(() => runFilters([filter], filtered, context));
       this.#goOn(await unlessAborted(passed, controller.signal), filtered.conn);
     } catch (error) {
       this.#pending = undefined;
+      if (filtered.conn !== this.conn) closeQuietly(filtered.conn);
       this.cut(error instanceof Error ? error : undefined);
       throw this.#noteRaised(error);
     }
@@ -2478,19 +2479,23 @@ function runFilters(
 ): boolean | Promise<boolean> {
   for (const [index, filter] of filters.entries()) {
     const next = filter(filtered.conn, context);
-    if (next === null) return false;
-    if (typeof next !== "object") throw new TypeError(`A filter must give a connection or null: it has given ${next}`);
-    if ("then" in next) {
+    if (typeof next === "object" && next !== null && "then" in next) {
       return next.then((conn) => {
-        if (conn !== null && context.signal.aborted) closeQuietly(conn); // It comes too late.
-        if (conn === null || context.signal.aborted) return false;
-        filtered.conn = conn;
-        return runFilters(filters.slice(index + 1), filtered, context);
+        return passOn(filtered, conn, context) && runFilters(filters.slice(index + 1), filtered, context);
       });
     }
-    filtered.conn = next;
+    if (!passOn(filtered, next, context)) return false;
   }
   return true;
+}
+
+/** Goes on with `conn`; gives `false` if there is none, or if it comes too late. */
+function passOn(filtered: Filtered, conn: StreamConn | null, { signal }: FilterContext): boolean {
+  if (conn === null) return false;
+  if (typeof conn !== "object") throw new TypeError(`A filter must give a connection or null: it has given ${conn}`);
+  if (signal.aborted) closeQuietly(conn);
+  else filtered.conn = conn;
+  return !signal.aborted;
 }
 
 /**
