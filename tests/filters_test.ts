@@ -363,6 +363,19 @@ Deno.test("what a filter gives to onEnd() after the end of its connection runs a
   });
 });
 
+Deno.test("a filter that returns undefined is a failed handshake with a sentence of its own", async () => {
+  const forgetful: ConnectionFilter = () => Reflect.get({}, "forgotten");
+  await withFilters([forgetful], async ({ server, give }) => {
+    const conn = new FakeTcpConn();
+    await give(conn);
+    assertEquals(
+      server.errors.map(([error, outcome]) => [`${error}`, outcome]),
+      [["TypeError: A filter must give a connection or null: it has given undefined", "handshakeFailed"]],
+    );
+    assertEquals([conn.isClosed, server.stats.handshakeFailures, server.stats.errors], [true, 1, 0]);
+  });
+});
+
 // Notices
 
 Deno.test("failed handshakes are printed once a second at most, with a count of those left out", async () => {
