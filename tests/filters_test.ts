@@ -363,18 +363,25 @@ Deno.test("what a filter gives to onEnd() after the end of its connection runs a
   });
 });
 
-Deno.test("a filter that returns undefined is a failed handshake with a sentence of its own", async () => {
-  const forgetful: ConnectionFilter = () => Reflect.get({}, "forgotten");
-  await withFilters([forgetful], async ({ server, give }) => {
-    const conn = new FakeTcpConn();
-    await give(conn);
-    assertEquals(
-      server.errors.map(([error, outcome]) => [`${error}`, outcome]),
-      [["TypeError: A filter must give a connection or null: it has given undefined", "handshakeFailed"]],
-    );
-    assertEquals([conn.isClosed, server.stats.handshakeFailures, server.stats.errors], [true, 1, 0]);
+/** Ways to give nothing, as plain JavaScript can. */
+const NOTHING: [string, ConnectionFilter][] = [
+  ["returns undefined", () => Reflect.get({}, "forgotten")],
+  ["resolves to undefined", () => Promise.resolve(Reflect.get({}, "forgotten"))],
+];
+
+for (const [how, forgetful] of NOTHING) {
+  Deno.test(`a filter that ${how} is a failed handshake with a sentence of its own`, async () => {
+    await withFilters([forgetful], async ({ server, give }) => {
+      const conn = new FakeTcpConn();
+      await give(conn);
+      assertEquals(
+        server.errors.map(([error, outcome]) => [`${error}`, outcome]),
+        [["TypeError: A filter must give a connection or null: it has given undefined", "handshakeFailed"]],
+      );
+      assertEquals([conn.isClosed, server.stats.handshakeFailures, server.stats.errors], [true, 1, 0]);
+    });
   });
-});
+}
 
 // Notices
 
