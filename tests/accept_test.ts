@@ -185,6 +185,25 @@ Deno.test("serveForever() rejects with an error that it does not know, and close
   assert(listener.closed);
 });
 
+for (const [when, script] of [["at once", []], ["after a client that left", [systemError("ECONNABORTED")]]] as const) {
+  Deno.test(`serveForever() rejects with what accept() throws ${when}, and close() and shutdown() do not`, async () => {
+    class Throwing extends FakeListener {
+      readonly #left = [...script];
+      override accept(): Promise<never> {
+        const failure = this.#left.shift();
+        if (failure === undefined) throw new TypeError("a bug in accept()");
+        return Promise.reject(failure);
+      }
+    }
+    const listener = new Throwing([]);
+    const server = new Overloaded(listener);
+    assertMatch((await rejectionOf(server.serveForever())).message, /a bug in accept\(\)/);
+    assert(listener.closed);
+    server.close();
+    assertEquals((await server.shutdown()).cut, []);
+  });
+}
+
 Deno.test("serveForever() resolves when someone else closes the listener", async () => {
   const listener = new FakeListener([]);
   const server = new Overloaded(listener);

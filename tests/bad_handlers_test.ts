@@ -1,8 +1,18 @@
 /** Handlers with every kind of fault: each hurts its own connection only. */
 
 import { assertEquals } from "../deps.ts";
-import { connect, type SocketStream, StreamRequestHandler, type StreamRequestHandlerClass, TcpServer } from "../mod.ts";
+import {
+  connect,
+  type ConnectionFilter,
+  type Outcome,
+  type ServerOptions,
+  type SocketStream,
+  StreamRequestHandler,
+  type StreamRequestHandlerClass,
+  TcpServer,
+} from "../mod.ts";
 import { textOf, turnEnd } from "./fake_conn.ts";
+import { onStage } from "./stage.ts";
 import { networkTest, printedBy, until } from "./testing.ts";
 
 const boom = (where: string) => new TypeError(`boom in ${where}`);
@@ -267,3 +277,64 @@ networkTest(
     await serving;
   },
 );
+
+// Filters whose release functions throw
+
+class EndsAtOnce extends StreamRequestHandler {
+  override handle() {}
+}
+
+class EndsLater extends StreamRequestHandler {
+  override async handle() {
+    await this.request.recv();
+  }
+}
+
+const throwing: ConnectionFilter = (conn, { onEnd }) => {
+  onEnd(() => {
+    throw boom("onEnd()");
+  });
+  return conn;
+};
+
+/** Upgrades to a connection whose release function throws, and waits for its client. */
+class Upgrades extends StreamRequestHandler {
+  override async handle() {
+    await this.request.upgrade(throwing);
+    await this.request.recv();
+  }
+}
+
+/** Who serves, over what, how the first client ends, and the outcome of it. */
+const RELEASES: [string, StreamRequestHandlerClass, ServerOptions, number, Outcome][] = [
+  ["a handler that ends at once", EndsAtOnce, { filters: [throwing] }, 0, "finished"],
+  ["a handler that ends later", EndsLater, { filters: [throwing] }, 0, "finished"],
+  ["a deadline", EndsLater, { filters: [throwing], idleTimeout: 1_000 }, 2_000, "timedOut"],
+  ["a deadline after upgrade()", Upgrades, { idleTimeout: 1_000 }, 2_000, "timedOut"],
+  ["a handler that ends after upgrade()", Upgrades, {}, 0, "finished"],
+];
+
+for (const [what, Handler, options, ms, outcome] of RELEASES) {
+  Deno.test(`a release function that throws behind ${what} is printed once, and hurts nobody`, async () => {
+    const printed = await printedBy(() =>
+      onStage(Handler, options, async ({ server, time, accept }) => {
+        const first = await accept();
+        if (ms === 0) first.end();
+        await time.advance(ms);
+        assertEquals([first.isClosed, server.outcomes], [true, [outcome]]);
+        const second = await accept();
+        second.end();
+        await turnEnd();
+        assertEquals([second.isClosed, server.outcomes], [true, [outcome, "finished"]]);
+        assertEquals([server.stats.active, server.stats.errors], [0, 0]);
+        const { cut } = await time.advanceUntil(server.shutdown());
+        assertEquals(cut, []);
+      })
+    );
+    const error = ["Error in onEnd() of a filter:", "boom in onEnd()"];
+    assertEquals(printed.map(([head, error]) => [head, error instanceof Error ? error.message : error]), [
+      error,
+      error,
+    ]);
+  });
+}

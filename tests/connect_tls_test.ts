@@ -293,3 +293,30 @@ Deno.test("a filter's connection that comes after connect() gave up is closed", 
     Object.assign(Deno, { connect: dial });
   }
 });
+
+Deno.test("connect() rejects with the very error of the program's own class that a filter throws", async () => {
+  class Unwelcome extends Error {
+    constructor(readonly details: { readonly code: number }) {
+      super(`unwelcome: ${details.code}`);
+    }
+  }
+  const error = new Unwelcome({ code: 7 });
+  const filters: ConnectionFilter[][] = [
+    [() => {
+      throw error;
+    }],
+    [() => Promise.reject(error)],
+  ];
+  const dial = Deno.connect;
+  for (const failing of filters) {
+    const dialled = new FakeTcpConn();
+    Object.assign(dialled, { remoteAddr: { ...dialled.remoteAddr, port: 1 } });
+    Object.assign(Deno, { connect: () => Promise.resolve(dialled) });
+    try {
+      assertStrictEquals(await rejectionOf(connect({ port: 1, filters: failing })), error);
+      assert(dialled.isClosed);
+    } finally {
+      Object.assign(Deno, { connect: dial });
+    }
+  }
+});

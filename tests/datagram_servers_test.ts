@@ -315,6 +315,15 @@ Deno.test("a datagram of the test's own counts what it is answered", async () =>
   assertEquals([request.bytesRead, request.bytesWritten], [3, 7]);
 });
 
+Deno.test("reply() rejects when a send of the test's own throws", async () => {
+  const request = new Datagram(new Uint8Array(3), CLIENT, () => {
+    throw new TypeError("a bug in send()");
+  });
+  const replied = request.reply("more");
+  assertMatch((await rejectionOf(replied)).message, /a bug in send\(\)/);
+  assertEquals(request.bytesWritten, 0);
+});
+
 // --- At the same time --------------------------------------------------------------
 
 networkTest("handlers run side by side up to maxConcurrent, and what comes beyond is dropped and counted", async () => {

@@ -363,6 +363,26 @@ Deno.test("what a filter gives to onEnd() after the end of its connection runs a
   });
 });
 
+/** Ways to give nothing, as plain JavaScript can. */
+const NOTHING: [string, ConnectionFilter][] = [
+  ["returns undefined", () => Reflect.get({}, "forgotten")],
+  ["resolves to undefined", () => Promise.resolve(Reflect.get({}, "forgotten"))],
+];
+
+for (const [how, forgetful] of NOTHING) {
+  Deno.test(`a filter that ${how} is a failed handshake with a sentence of its own`, async () => {
+    await withFilters([forgetful], async ({ server, give }) => {
+      const conn = new FakeTcpConn();
+      await give(conn);
+      assertEquals(
+        server.errors.map(([error, outcome]) => [`${error}`, outcome]),
+        [["TypeError: A filter must give a connection or null: it has given undefined", "handshakeFailed"]],
+      );
+      assertEquals([conn.isClosed, server.stats.handshakeFailures, server.stats.errors], [true, 1, 0]);
+    });
+  });
+}
+
 // Notices
 
 Deno.test("failed handshakes are printed once a second at most, with a count of those left out", async () => {

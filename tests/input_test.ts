@@ -91,6 +91,15 @@ Deno.test("recv() gives 64 KiB at most, and a fast peer's bytes in large chunks"
   stream.close();
 });
 
+Deno.test("the first recv(1024) gives a message of 1,000 bytes in one piece, and recv() all of it in its pieces", async () => {
+  const message = pattern(1_000);
+  const whole = new SocketStream(new FakeConn().give(message));
+  assertEquals(await whole.recv(1_024), message);
+  const cut = new SocketStream(new FakeConn().give(message).end());
+  assertSameBytes(concat(await Array.fromAsync(cut)), message);
+  for (const stream of [whole, cut]) stream.close();
+});
+
 Deno.test("recv(maxBytes) leaves the rest for the next read", async () => {
   const stream = new SocketStream(new FakeConn().give("abcdefgh").end());
   const chunks: string[] = [];

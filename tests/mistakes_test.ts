@@ -5,7 +5,7 @@
  * each section.
  */
 
-import { assertEquals } from "../deps.ts";
+import { assert, assertEquals } from "../deps.ts";
 import {
   connect,
   DatagramRequestHandler,
@@ -38,6 +38,13 @@ function onStream(act: (stream: SocketStream, peer: SocketStream) => unknown): (
       for (const end of [stream, peer]) end.close();
     }
   };
+}
+
+/** A server that opens nothing, whatever it is asked. */
+function closed(): TcpServer {
+  const server = new TcpServer({ port: 0 }, Echo);
+  server.close();
+  return server;
 }
 
 class Quiet extends DatagramRequestHandler {
@@ -276,6 +283,43 @@ const MISTAKES: [string, () => unknown, Kind, string][] = [
     TypeError,
     'Unknown option "handshakeTimout": the options are handshakeTimeout',
   ],
+  [
+    "no array to read into",
+    onStream((stream) => Reflect.apply(stream.read, stream, [undefined])),
+    TypeError,
+    "Cannot read() into undefined",
+  ],
+  [
+    "an undefined delimiter",
+    onStream((stream) => Reflect.apply(stream.readUntil, stream, [undefined])),
+    TypeError,
+    "Cannot readUntil(): data must be a Uint8Array or a string, it is undefined",
+  ],
+  [
+    "a number among the delimiters",
+    onStream((stream) => stream.readUntil(untyped("[5]"))),
+    TypeError,
+    "Cannot readUntil(): data must be a Uint8Array or a string, it is 5",
+  ],
+  // Calls of a server
+  [
+    "serveForever() with a misspelt option",
+    () => closed().serveForever(untyped('{ "signall": 5 }')),
+    TypeError,
+    'Unknown option "signall": the options are signal',
+  ],
+  [
+    "handleRequest() with a misspelt option",
+    () => closed().handleRequest(untyped('{ "timout": 5 }')),
+    TypeError,
+    'Unknown option "timout": the options are timeout',
+  ],
+  [
+    "shutdown() with a misspelt option",
+    () => closed().shutdown(untyped('{ "grase": 5 }')),
+    TypeError,
+    'Unknown option "grase": the options are grace',
+  ],
   // Clients
   [
     "a dial to nowhere",
@@ -295,5 +339,17 @@ for (const [what, make, Kind, sentence] of MISTAKES) {
   Deno.test(`a mistake: ${what}`, async () => {
     const error = await rejectionOf(Promise.try(make));
     assertEquals([error.constructor.name, error.message], [Kind.name, sentence]);
+  });
+}
+
+for (const [call, argument] of [["read", undefined], ["readUntil", undefined], ["readUntil", []], ["readUntil", [5]]]) {
+  Deno.test(`${call}(${Deno.inspect(argument)}) rejects, and throws nothing`, async () => {
+    const [stream, peer] = socketPair();
+    const refused: Promise<unknown> = Reflect.apply(Reflect.get(stream, `${call}`), stream, [argument]);
+    const error = await rejectionOf(refused);
+    assert(error instanceof TypeError || error instanceof RangeError);
+    await peer.send("hello\n");
+    assertEquals(await stream.readLine(), "hello");
+    for (const end of [stream, peer]) end.close();
   });
 }

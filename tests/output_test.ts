@@ -510,6 +510,18 @@ Deno.test("bytesBuffered counts what waits: in the block, as text, in the queue,
   stream.close();
 });
 
+Deno.test("bytesBuffered leaves a character whole that two writes of a turn cut in two", async () => {
+  const conn = new FakeConn();
+  const stream = new SocketStream(conn);
+  stream.write("\ud83e");
+  assertEquals(stream.bytesBuffered, 3);
+  stream.write("\udd95");
+  assertEquals(stream.bytesBuffered, 4);
+  await stream.flush();
+  assertEquals(textOf(conn.written), "\ud83e\udd95");
+  stream.close();
+});
+
 Deno.test("bytesBuffered counts what is left of a write that was taken in parts, and nothing after it failed", async () => {
   const conn = new FakeConn();
   conn.takes = () => {

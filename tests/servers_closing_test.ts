@@ -49,6 +49,19 @@ Deno.test("close() ends a handleRequest() that waits out an exhaustion, at once"
   });
 });
 
+Deno.test("close() ends a handleRequest() whose handler is stuck", async () => {
+  await withFakeTime(async (time) => {
+    const listener = new FakeListener([new FakeTcpConn()]);
+    const server = new FakeServer(listener, Endless);
+    const handling = server.handleRequest();
+    await time.advance(1_000);
+    assertEquals(server.stats.active, 1);
+    server.close();
+    await time.advanceUntil(handling, 1_000);
+    assert(listener.closed);
+  });
+});
+
 Deno.test("close() before anything else opens nothing", async () => {
   const server = new TcpServer({ port: 0 }, Echo);
   server.close();

@@ -22,6 +22,13 @@ class Greeter extends StreamRequestHandler {
   }
 }
 
+/** Sends one line back. */
+class Once extends StreamRequestHandler {
+  override async handle() {
+    await this.request.send(`${await this.request.readLine()}\n`);
+  }
+}
+
 Deno.test("the hooks run in the documented order", async () => {
   const calls: string[] = [];
   class Handler extends StreamRequestHandler {
@@ -231,22 +238,24 @@ for (
     ["rejects", () => Promise.reject(new TypeError("a bug in the hook"))],
   ] as const
 ) {
-  networkTest(`a closeRequest() that ${how} hurts its own connection only`, async () => {
+  networkTest(`a closeRequest() that ${how} is counted and printed, and its connection is closed`, async () => {
     class Faulty extends TcpServer {
-      protected override closeRequest(request: SocketStream): void | Promise<void> {
-        request.close();
-        return fail();
-      }
+      protected override closeRequest = fail;
     }
-    await withServer(new Faulty({ port: 0 }, Echo), async (server, dial) => {
-      for (const word of ["one", "two"]) {
-        const client = await dial();
-        await client.send(`${word}\n`);
-        assertEquals(await client.readLine(), word);
-        client.close();
-        await until(() => server.stats.active === 0);
-      }
-    });
+    const printed = await printedBy(() =>
+      withServer(new Faulty({ port: 0 }, Once), async (server, dial) => {
+        for (const [index, word] of ["one", "two"].entries()) {
+          const client = await dial();
+          client.timeout = 5_000; // For one that is not closed.
+          await client.send(`${word}\n`);
+          assertEquals(await Array.fromAsync(client.lines()), [word]);
+          await until(() => server.stats.active === 0);
+          assertEquals(server.stats.errors, index + 1);
+        }
+      })
+    );
+    const texts = printed.map(([head, error]) => [head, error instanceof TypeError && error.message]);
+    assertEquals(texts, Array(2).fill(["Error in closeRequest():", "a bug in the hook"]));
   });
 
   networkTest(`a processRequest() that ${how} closes its connection, and handleError() gets its error`, async () => {

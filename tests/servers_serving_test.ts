@@ -1,8 +1,17 @@
 /** What a server gives its clients and handlers, and what it counts. */
 
 import { assert, assertEquals, assertRejects } from "../deps.ts";
-import { connect, socketPair, type SocketStream, StreamRequestHandler, TcpServer } from "../mod.ts";
+import {
+  connect,
+  socketPair,
+  type SocketStream,
+  StreamRequestHandler,
+  type StreamRequestHandlerClass,
+  TcpServer,
+} from "../mod.ts";
 import { FakeTcpConn, turnEnd } from "./fake_conn.ts";
+import { withFakeTime } from "./fake_time.ts";
+import { onStage } from "./stage.ts";
 import { Echo, FakeListener, FakeServer, networkTest, rejectionOf, until, withServer } from "./testing.ts";
 
 /** Greets, and stays until its client leaves. */
@@ -290,6 +299,47 @@ Deno.test("a handler that is cut off finds the reason in its signal and in its c
   assert(aborted instanceof DOMException && aborted.name === "AbortError");
   assert(failed instanceof Deno.errors.BadResource);
   assertEquals(failed.message, "The server has closed the connection");
+});
+
+/** Asks for its signal when it may, and not before. */
+function asksLate(seen: AbortSignal[], gate: Promise<void>): StreamRequestHandlerClass {
+  return class extends StreamRequestHandler {
+    override async handle() {
+      await gate;
+      seen.push(this.signal);
+    }
+  };
+}
+
+Deno.test("a handler that asks for its signal after the shutdown has aborted it finds it aborted", async () => {
+  const seen: AbortSignal[] = [];
+  const gate = Promise.withResolvers<void>();
+  await onStage(asksLate(seen, gate.promise), {}, async ({ server, time, accept }) => {
+    await accept();
+    const down = server.shutdown();
+    await time.advance(1_000);
+    assert(server.signal.aborted);
+    gate.resolve();
+    await time.advanceUntil(down);
+    assertEquals(seen.map(({ aborted, reason }) => [aborted, reason]), [[true, server.signal.reason]]);
+  });
+});
+
+Deno.test("the signal of a client of the backlog that is served after the abort is aborted", async () => {
+  const seen: AbortSignal[] = [];
+  const gate = Promise.withResolvers<void>();
+  await withFakeTime(async (time) => {
+    const listener = new FakeListener([new FakeTcpConn(), new FakeTcpConn()]);
+    const server = new FakeServer(listener, asksLate(seen, gate.promise), { maxConnections: 1 });
+    const serving = server.serveForever();
+    await turnEnd();
+    const down = server.shutdown();
+    await time.advance(1_000);
+    assertEquals([server.signal.aborted, server.stats.accepted], [true, 1]);
+    gate.resolve();
+    await time.advanceUntil(Promise.all([down, serving]));
+    assertEquals([server.stats.accepted, seen.map(({ aborted }) => aborted)], [2, [true, true]]);
+  });
 });
 
 networkTest("a request that connects to its own server is served", async () => {

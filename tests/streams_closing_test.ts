@@ -1,6 +1,6 @@
 /** The end of a stream: what it does to calls that wait, and to bytes that are still buffered. */
 
-import { SocketStream, type StreamOptions } from "../mod.ts";
+import { SocketStream, type StreamOptions, StreamRequestHandler } from "../mod.ts";
 import { assert, assertEquals, assertRejects, assertStrictEquals } from "../deps.ts";
 import {
   assertSameBytes,
@@ -8,6 +8,7 @@ import {
   concat,
   connectionReset,
   FakeConn,
+  FakeTcpConn,
   isPending,
   pattern,
   tcpConns,
@@ -15,6 +16,7 @@ import {
   turnEnd,
 } from "./fake_conn.ts";
 import { type FakeTime, withFakeTime } from "./fake_time.ts";
+import { onStage } from "./stage.ts";
 import { networkTest, rejectionOf } from "./testing.ts";
 
 Deno.test("close() rejects what waits and each later call with BadResource, and closes once", async () => {
@@ -268,5 +270,70 @@ Deno.test("a timeout that is set after close() does not prolong the wait for the
     stream.timeout = 3_600_000;
     await time.advance(40_000);
     assert(conn.isClosed);
+  });
+});
+
+// A closeWrite() that the connection never settles
+
+/** Takes the end of its stream, and never says so. */
+class Unending extends FakeTcpConn {
+  override closeWrite(): Promise<void> {
+    this.calls.push("closeWrite()");
+    return new Promise(() => {});
+  }
+}
+
+Deno.test("a closeWrite() that the connection never settles rejects at the deadline, which closes the stream", async () => {
+  await withFakeTime(async (time) => {
+    const conn = new Unending();
+    const stream = new SocketStream(conn, { timeout: 1_000 });
+    const ended = rejectionOf(stream.closeWrite());
+    await time.advance(900);
+    assert(await isPending(ended));
+    await time.advance(300);
+    assert(await time.advanceUntil(ended, 0) instanceof Deno.errors.TimedOut);
+    assert(conn.isClosed);
+  });
+});
+
+Deno.test('"await using" of a stream whose closeWrite() never settles ends after 30 s', async () => {
+  await withFakeTime(async (time) => {
+    const conn = new Unending();
+    const use = async () => {
+      await using stream = new SocketStream(conn);
+      stream.closeWrite();
+    };
+    await time.advanceUntil(use(), 33_000);
+    assertEquals(conn.calls, ["closeWrite()", "close()"]);
+  });
+});
+
+class LeavesItsEnd extends StreamRequestHandler {
+  override handle() {
+    this.request.closeWrite();
+  }
+}
+
+Deno.test("a session whose closeWrite() never settles ends after 30 s", async () => {
+  await onStage(LeavesItsEnd, {}, async ({ server, time, accept }) => {
+    const conn = await accept(new Unending());
+    assertEquals([conn.isClosed, server.stats.active], [false, 1]);
+    await time.advance(33_000);
+    assertEquals([conn.isClosed, server.stats.active], [true, 0]);
+  });
+});
+
+Deno.test("a closeWrite() that never settles rejects when its session is cut off", async () => {
+  const failures: Error[] = [];
+  class WaitsForItsEnd extends StreamRequestHandler {
+    override async handle() {
+      failures.push(await rejectionOf(this.request.closeWrite()));
+    }
+  }
+  await onStage(WaitsForItsEnd, {}, async ({ server, time, serving, accept }) => {
+    const conn = await accept(new Unending());
+    server.close();
+    await time.advanceUntil(serving, 1_000);
+    assertEquals([conn.isClosed, failures.map(({ name }) => name)], [true, ["BadResource"]]);
   });
 });

@@ -220,6 +220,19 @@ unixTest("UnixDatagramServer removes its file when it is closed, and when it nev
   assert(!exists(path));
 });
 
+unixTest(
+  "UnixDatagramServer.listen() gives the same address until the server ends, and then rejects",
+  async (folder) => {
+    const path = `${folder}/echo.sock`;
+    const server = new UnixDatagramServer({ path }, EchoDatagram);
+    const address = await server.listen();
+    assertEquals(await Promise.all([server.listen(), server.listen()]), [address, address]);
+    await server.shutdown();
+    await assertRejects(async () => await server.listen(), TypeError);
+    assert(!exists(path));
+  },
+);
+
 unixTest("UnixDatagramServer replaces a socket file that nobody answers on", async (folder) => {
   const path = `${folder}/server.sock`;
   leaveStaleSocket(path);

@@ -74,6 +74,16 @@ unixTest("UnixServer leaves a file alone that is no socket", async (folder) => {
   assertEquals(Deno.readTextFileSync(path), "precious");
 });
 
+unixTest("UnixServer.listen() gives the same address until the server ends, and then rejects", async (folder) => {
+  const path = `${folder}/echo.sock`;
+  const server = new UnixServer({ path }, Echo);
+  const address = await server.listen();
+  assertEquals(await Promise.all([server.listen(), server.listen()]), [address, address]);
+  await server.shutdown();
+  await assertRejects(() => server.listen(), TypeError);
+  assert(!exists(path));
+});
+
 unixTest("UnixServer can be tried again after it could not listen", async (folder) => {
   const path = `${folder}/echo.sock`;
   Deno.writeTextFileSync(path, "in the way");

@@ -229,6 +229,21 @@ Deno.test("a connection that a filter gives after its upgrade() has ended is clo
   assertEquals([conn.isClosed, made.isClosed], [true, true]);
 });
 
+Deno.test("a connection that a filter gives in the moment of close() is closed", async () => {
+  for (let microtasks = 0; microtasks < 20; microtasks++) {
+    const { made, stream } = twoConns();
+    const gate = Promise.withResolvers<StreamConn>();
+    const upgrading = stream.upgrade(() => gate.promise).catch(() => {});
+    await turnEnd();
+    gate.resolve(made);
+    for (let passed = 0; passed < microtasks; passed++) await undefined;
+    stream.close();
+    await upgrading;
+    await turnEnd();
+    assert(made.isClosed, `it was closed ${microtasks} microtasks later, and the new connection stayed open`);
+  }
+});
+
 Deno.test("upgrade() to a peer that does not take the written data has its timeout, too", async () => {
   await withFakeTime(async (time) => {
     const { conn, made, stream } = twoConns();

@@ -163,3 +163,42 @@ tlsTest("a shutdown of a native server ends a client that waits, and cuts a hand
   assertEquals([finished, cut.length, server.stats.handshakeFailures], [1, 1, 0]);
   assert(server.errors.length === 0, `${server.errors}`);
 });
+
+tlsTest(
+  "what keeps a native server from listening is said as a TcpServer says it",
+  async ({ server: { cert, key } }) => {
+    await using first = new NativeTlsServer({ port: 0, cert, key }, Echo);
+    const { port } = first.listen();
+    const second = new NativeTlsServer({ port, cert, key }, Echo);
+    assertThrows(() => second.listen(), (error) => {
+      assert(error instanceof Deno.errors.AddrInUse);
+      assertMatch(error.message, new RegExp(`^Cannot listen on 127\\.0\\.0\\.1:${port}: `));
+      return true;
+    });
+  },
+);
+
+tlsTest("reusePort of a native server without --unstable-net is one sentence", async ({ server: { cert, key } }) => {
+  const extra = new URL("../../extras/tls.ts", import.meta.url);
+  const program = `
+import { NativeTlsServer } from ${JSON.stringify(extra)};
+const [cert, key] = ${JSON.stringify([cert, key])};
+const server = new NativeTlsServer({ port: 0, cert, key, reusePort: true }, class { handle() {} });
+try {
+  server.listen();
+} catch (error) {
+  console.log(error.name, error.message);
+}
+console.log("goes on");`;
+  const folder = await Deno.makeTempDir({ prefix: "socketserver-" });
+  try {
+    await Deno.writeTextFile(`${folder}/program.js`, program);
+    const args = ["run", "--no-config", "--allow-net=127.0.0.1", `${folder}/program.js`];
+    await using running = Program.start(Deno.execPath(), args);
+    const { code, stdout, stderr } = await running.ended();
+    assertMatch(stdout, /^TypeError Cannot listen with reusePort: .*--unstable-net\ngoes on\n$/);
+    assertEquals([code, stderr], [0, ""]);
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
+});
