@@ -3158,7 +3158,6 @@ abstract class Session<Request extends Traffic> {
   outcome: Outcome | "refused" | "handshakeFailed" = "finished";
   request: Request | undefined;
   #controller: AbortController | undefined;
-  #abortReason: unknown;
   #releases: Releases | undefined;
 
   /** Its arrival, in the time of `performance.now()`. */
@@ -3197,16 +3196,11 @@ abstract class Session<Request extends Traffic> {
 
   /** The handler's signal, made when it is asked for. */
   get signal(): AbortSignal {
-    if (this.#controller === undefined) {
-      this.#controller = new AbortController();
-      if (this.#abortReason !== undefined) this.#controller.abort(this.#abortReason);
-    }
-    return this.#controller.signal;
+    return (this.#controller ??= new AbortController()).signal;
   }
 
   abort(reason: unknown): void {
-    this.#abortReason ??= reason;
-    this.#controller?.abort(reason);
+    (this.#controller ??= new AbortController()).abort(reason);
   }
 }
 
