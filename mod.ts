@@ -138,6 +138,15 @@ function escapeOf(character: string): string {
   return code <= 0xffff ? `\\u${digits.padStart(4, "0")}` : `\\u{${digits}}`;
 }
 
+/** `console.error`, which throws if the disk of the log is full: that must not end the process. */
+function print(...data: unknown[]): void {
+  try {
+    console.error(...data);
+  } catch (error) {
+    if (errorCode(error) === "") throw error; // The code of what is printed has thrown.
+  }
+}
+
 /** The message of `error`, or any other thrown value, as printable text; never throws. */
 function messageOf(error: unknown): string {
   try {
@@ -151,9 +160,9 @@ function messageOf(error: unknown): string {
 function printError(what: string, error: unknown): void {
   const format = what.replaceAll("%", "%%"); // A Unix client's path may look like a format.
   try {
-    console.error(format, isExhausted() ? messageOf(error) : printableError(error));
+    print(format, isExhausted() ? messageOf(error) : printableError(error));
   } catch {
-    console.error(format, messageOf(error)); // Its own code has thrown.
+    print(format, messageOf(error)); // Its own code has thrown.
   }
 }
 
@@ -183,7 +192,7 @@ function printNotice(line: string): void {
   const more = unprinted === 0 ? "" : ` (${unprinted} similar lines were left out before)`;
   noticedAt = now;
   unprinted = 0;
-  console.error("%s", line + more);
+  print("%s", line + more);
 }
 
 function ignore(): void {}
@@ -868,13 +877,35 @@ function delay(ms: number, signal?: AbortSignal): Promise<void> {
   });
 }
 
+/** The waits for each promise. A wait that is over must leave nothing at a promise that is waited for again and again. */
+const waitsFor = new WeakMap<Promise<unknown>, Set<() => void>>();
+
+function waitsOf(promise: Promise<unknown>): Set<() => void> {
+  const known = waitsFor.get(promise);
+  if (known !== undefined) return known;
+  const waits = new Set<() => void>();
+  const settleAll = () => {
+    waitsFor.delete(promise);
+    waits.forEach((settle) => settle());
+  };
+  promise.then(settleAll, settleAll);
+  waitsFor.set(promise, waits);
+  return waits;
+}
+
 /** Whether `promise` settles within `ms`. */
-async function settlesWithin(promise: Promise<unknown>, ms: number): Promise<boolean> {
-  const settled = new AbortController();
-  const first = promise.then(() => true, () => true);
-  const isSettled = await Promise.race([first, delay(ms, settled.signal).then(() => false)]);
-  settled.abort();
-  return isSettled;
+function settlesWithin(promise: Promise<unknown>, ms: number): Promise<boolean> {
+  const waits = waitsOf(promise);
+  return new Promise((resolve) => {
+    const end = (isSettled: boolean) => {
+      clearTimeout(timer);
+      waits.delete(settle);
+      resolve(isSettled);
+    };
+    const settle = () => end(true);
+    const timer = startTimer(() => end(false), ms);
+    waits.add(settle);
+  });
 }
 
 /** Settles as `promise` does, but rejects as soon as `signal` aborts, with its reason. */
@@ -2028,8 +2059,8 @@ class Transport implements Watched {
   look(now: number): number {
     const watch = this.#watch ??= new Watch();
     const { idleTimeout, maxLifetime } = this.#settings;
+    if (now - watch.openedAt >= maxLifetime) this.#expire(`was open for the maxLifetime of ${maxLifetime} ms`);
     if (!this.#isClosed) {
-      if (now - watch.openedAt >= maxLifetime) this.#expire(`was open for the maxLifetime of ${maxLifetime} ms`);
       const rest = watch.traffic.lasts(now, this.bytesRead + this.output.sent);
       if (rest >= idleTimeout) this.#expire(`moved no byte for the idleTimeout of ${idleTimeout} ms`);
     }
@@ -2055,7 +2086,7 @@ class Transport implements Watched {
 
   #shortestTime(): number {
     const output = this.output.isIdle ? Infinity : this.timeout;
-    if (this.#isClosed) return output;
+    if (this.#isClosed) return this.output.isIdle ? Infinity : Math.min(output, this.#settings.maxLifetime);
     return Math.min(this.#settings.idleTimeout, this.#settings.maxLifetime, output, this.#pending?.timeout ?? Infinity);
   }
 }
@@ -2480,7 +2511,7 @@ function runFilters(
   for (const [index, filter] of filters.entries()) {
     const next = filter(filtered.conn, context);
     if (typeof next === "object" && next !== null && "then" in next) {
-      return next.then((conn) => {
+      return Promise.resolve(next).then((conn) => {
         return passOn(filtered, conn, context) && runFilters(filters.slice(index + 1), filtered, context);
       });
     }
@@ -2492,7 +2523,9 @@ function runFilters(
 /** Goes on with `conn`; gives `false` if there is none, or if it comes too late. */
 function passOn(filtered: Filtered, conn: StreamConn | null, { signal }: FilterContext): boolean {
   if (conn === null) return false;
-  if (typeof conn !== "object") throw new TypeError(`A filter must give a connection or null: it has given ${conn}`);
+  if (typeof conn !== "object" || !("close" in conn && "remoteAddr" in conn)) {
+    throw new TypeError(`A filter must give a connection or null: it has given ${Deno.inspect(conn)}`);
+  }
   if (signal.aborted) closeQuietly(conn);
   else filtered.conn = conn;
   return !signal.aborted;
@@ -3097,8 +3130,19 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
 
   #accept(): Promise<void> {
     if (this.#isOver) return DONE;
-    return Promise.try(() => this.listener.accept()).then(this.#receive, this.#rideOut);
+    return Promise.try(() => this.listener.accept()).then(this.#receive, this.#retry);
   }
+
+  /** A loop: clients that fail one after the other must not nest promises. */
+  readonly #retry = async (error: unknown): Promise<void> => {
+    for (let failure = error; !await this.#isOverAfter(failure);) {
+      try {
+        return this.#receive(await this.listener.accept());
+      } catch (error) {
+        failure = error;
+      }
+    }
+  };
 
   readonly #receive = (arrival: Arrival): void => {
     this.#arrived = arrival;
@@ -3106,11 +3150,12 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
     this.#count++;
   };
 
-  readonly #rideOut = async (error: unknown): Promise<void> => {
+  /** Rides an error out, if that is possible. */
+  async #isOverAfter(error: unknown): Promise<boolean> {
     switch (acceptFailure(error)) {
       case "closed":
         this.#isOver = true;
-        return;
+        break;
       case "peer":
         this.onLost();
         break;
@@ -3121,10 +3166,10 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
       case "fatal":
         this.#failure = error;
         this.#isOver = true;
-        return;
+        break;
     }
-    await this.#accept();
-  };
+    return this.#isOver;
+  }
 
   #waitOut(): Promise<void> {
     const { signal } = this.#stopping;
@@ -3402,6 +3447,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   #finished = 0;
   /** Settled when nothing of the server is left. */
   readonly #ended = Promise.withResolvers<void>();
+  #isEnded = false;
   #phase: Phase = "new";
   #address: Address | undefined;
   #acceptor: Acceptor<Arrival> | undefined;
@@ -3489,7 +3535,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     const isLate = await this.#serveBy("handleRequest()", async (acceptor) => {
       if (!await settlesWithin(acceptor.arrival(), timeout)) return true;
       const arrival = acceptor.take();
-      if (arrival !== undefined) await Promise.race([this.#serve(arrival), this.#ended.promise]);
+      if (arrival !== undefined) await this.#serveToEnd(arrival);
     });
     if (isLate) this.handleTimeout();
   }
@@ -3596,7 +3642,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   handleOverload(error: unknown): void | Promise<void> {
     const where = this.#address === undefined ? "" : ` on ${formatAddress(this.#address)}`;
     const advice = errorCode(error) === "EMFILE" ? '; raise "ulimit -n" or lower maxConnections' : "";
-    console.error(`Cannot accept connections${where} for now: ${messageOf(error)}${advice}`);
+    print(`Cannot accept connections${where} for now: ${messageOf(error)}${advice}`);
   }
 
   /**
@@ -3686,6 +3732,17 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     } finally {
       this.#serving = undefined;
     }
+  }
+
+  /** Resolves when `arrival` is served, or the server has ended. */
+  async #serveToEnd(arrival: Arrival): Promise<void> {
+    let isServed = false;
+    const serving = this.#serve(arrival);
+    serving?.then(() => {
+      isServed = true;
+      this.#wake();
+    });
+    if (serving !== undefined) await this.#until(() => isServed || this.#isEnded);
   }
 
   #startServices(): () => void {
@@ -3848,6 +3905,8 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     await stopped;
     await settlesWithin(this.#until(() => this.#sessions.length === 0), UNWIND_MS);
     this.#ended.resolve();
+    this.#isEnded = true;
+    this.#wake();
     return { finished: this.#finished, cut: [...this.#cutOff], duration: performance.now() - begun };
   }
 
@@ -4239,7 +4298,7 @@ class SocketFile {
       action();
       return true;
     } catch (error) {
-      console.error(`Cannot tidy up the socket file ${printable(this.path)}: ${messageOf(error)}`);
+      print(`Cannot tidy up the socket file ${printable(this.path)}: ${messageOf(error)}`);
       return false;
     }
   }

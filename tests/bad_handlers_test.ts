@@ -338,3 +338,24 @@ for (const [what, Handler, options, ms, outcome] of RELEASES) {
     ]);
   });
 }
+
+Deno.test("a log whose disk is full costs the line, and nothing else", async () => {
+  const { error } = console;
+  let lines = 0;
+  console.error = () => {
+    lines++;
+    throw Object.assign(new Error("No space left on device (os error 28)"), { code: "ENOSPC" });
+  };
+  try {
+    await onStage(EndsAtOnce, { filters: [throwing] }, async ({ server, accept }) => {
+      for (let served = 1; served <= 2; served++) {
+        const conn = await accept();
+        conn.end();
+        await turnEnd();
+        assertEquals([conn.isClosed, lines, server.outcomes.length, server.stats.active], [true, served, served, 0]);
+      }
+    });
+  } finally {
+    console.error = error;
+  }
+});

@@ -363,20 +363,26 @@ Deno.test("what a filter gives to onEnd() after the end of its connection runs a
   });
 });
 
-/** Ways to give nothing, as plain JavaScript can. */
-const NOTHING: [string, ConnectionFilter][] = [
-  ["returns undefined", () => Reflect.get({}, "forgotten")],
-  ["resolves to undefined", () => Promise.resolve(Reflect.get({}, "forgotten"))],
+const nothing = () => Reflect.get({}, "forgotten");
+const thenable = () =>
+  Reflect.get({ thenable: { then: (resolve: (value: string) => void) => resolve("a") } }, "thenable");
+
+/** Ways to give no connection, as plain JavaScript can. */
+const WRONG: [string, ConnectionFilter, string][] = [
+  ["returns undefined", nothing, "undefined"],
+  ["resolves to undefined", () => Promise.resolve(nothing()), "undefined"],
+  ["returns another object", () => Reflect.get({ other: { pid: 1 } }, "other"), "{ pid: 1 }"],
+  ["returns a thenable", thenable, '"a"'],
 ];
 
-for (const [how, forgetful] of NOTHING) {
+for (const [how, wrong, given] of WRONG) {
   Deno.test(`a filter that ${how} is a failed handshake with a sentence of its own`, async () => {
-    await withFilters([forgetful], async ({ server, give }) => {
+    await withFilters([wrong], async ({ server, give }) => {
       const conn = new FakeTcpConn();
       await give(conn);
       assertEquals(
         server.errors.map(([error, outcome]) => [`${error}`, outcome]),
-        [["TypeError: A filter must give a connection or null: it has given undefined", "handshakeFailed"]],
+        [[`TypeError: A filter must give a connection or null: it has given ${given}`, "handshakeFailed"]],
       );
       assertEquals([conn.isClosed, server.stats.handshakeFailures, server.stats.errors], [true, 1, 0]);
     });

@@ -6,6 +6,7 @@
 import { assert, assertEquals, assertMatch } from "../../deps.ts";
 import { connect, type SocketStream } from "../../mod.ts";
 import { MEMORY_SLACK, ping, Siege } from "./siege.ts";
+import { Program } from "../programs.ts";
 import { programTest, scaled } from "../testing.ts";
 
 const RESETS_OF_EACH = scaled(100, 3_400);
@@ -145,4 +146,29 @@ programTest("a line of 100 MB is refused with LimitOverrunError, can be skipped,
   assert(grown < MEMORY_SLACK, `the server has grown by ${grown} bytes`);
   await client[Symbol.asyncDispose]();
   await siege.until("the client to be gone", ({ active }) => active === 0);
+});
+
+/** Prints by how many bytes the heap has grown from 2,000 calls of handleRequest() that nobody came for. */
+const POLLS = `
+import { StreamRequestHandler, TcpServer } from ${JSON.stringify(import.meta.resolve("../../mod.ts"))};
+class Idle extends StreamRequestHandler { handle() {} }
+await using server = new TcpServer({ port: 0 }, Idle);
+server.listen();
+async function poll(count) {
+  for (let polled = 0; polled < count; polled++) await server.handleRequest({ timeout: 0.1 });
+  gc();
+  return Deno.memoryUsage().heapUsed;
+}
+const before = await poll(100);
+console.log(await poll(2_000) - before);
+`;
+
+programTest("a server that is polled leaves nothing on the heap", async () => {
+  const file = await Deno.makeTempFile({ suffix: ".js" });
+  await Deno.writeTextFile(file, POLLS);
+  const args = ["run", "--no-config", "--v8-flags=--expose-gc", "--allow-net=127.0.0.1", file];
+  await using program = Program.start(Deno.execPath(), args);
+  const { stdout, stderr } = await program.ended();
+  await Deno.remove(file);
+  assert(stdout !== "" && Number(stdout) < 500_000, `${stdout} bytes ${stderr}`); // 600 bytes of each were 1.2 MB.
 });
