@@ -264,8 +264,8 @@ export interface StreamOptions {
    */
   idleTimeout?: number | undefined;
   /**
-   * Milliseconds after which the stream is closed, however busy it is. Pending calls reject with
-   * `Deno.errors.TimedOut`.
+   * Milliseconds after which the stream is closed, however busy it is, and what `close()` has left to send is dropped.
+   * Pending calls reject with `Deno.errors.TimedOut`.
    * @default {Infinity}
    */
   maxLifetime?: number | undefined;
@@ -4360,7 +4360,7 @@ class FileListener<Arrival> implements Listener<Arrival> {
  * `Deno.errors.AddrInUse`. The file is removed when the server stops. If it is another server's by then, it stays, as
  * long as the program may write to the folder; else it goes, too, and a sentence says so.
  *
- * It needs `--allow-read` and `--allow-write` of the path, and `--allow-net=unix:PATH`.
+ * It needs `--allow-read` and `--allow-write` of the path, and `--allow-net=unix:PATH`, with an absolute path.
  *
  * @example
  * ```ts
