@@ -229,7 +229,7 @@ const FLAGS = [
   ["unix", "PATH", "connect to a Unix socket instead, of at most 107 bytes"],
   ["udp", "", "send each line as one datagram, without its line end; needs --unstable-net"],
   ["tls", "", "encrypt with TLS; the server's certificate is checked"],
-  ["ca", "FILE", "trust the authority of this certificate, instead of the well-known ones"],
+  ["ca", "FILE", "trust the authority of this certificate besides the well-known ones"],
   ["timeout", "MS", "how long to wait for the connection and for an answer (10000)"],
   ["retries", "N", "try so often again when the connection fails (0)"],
   ["keep-open", "", "an empty line asks again, instead of ending"],
