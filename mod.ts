@@ -231,10 +231,14 @@ function rejection(error: unknown): Promise<never> {
   return forgettable(Promise.reject(error));
 }
 
-/** `result` as a promise if it is one; plain JavaScript may return any thenable. */
+/** Plain JavaScript may return any thenable. */
+function isThenable<T>(result: T | Promise<T>): result is Promise<T> {
+  return typeof result === "object" && result !== null && "then" in result;
+}
+
+/** `result` as a promise if it is one. */
 function asPromise<T>(result: T | Promise<T>): Promise<T> | undefined {
-  if (result instanceof Promise) return result;
-  return typeof result === "object" && result !== null && "then" in result ? Promise.resolve(result) : undefined;
+  return isThenable(result) ? Promise.resolve(result) : undefined;
 }
 
 function closeQuietly(closable: { close(): unknown }): void {
@@ -633,10 +637,9 @@ function explain(error: unknown, address: Deno.Addr): string {
   if (error instanceof Deno.errors.NotCapable) {
     return `permission is missing; run again with ${permissionFlags(address)}`;
   }
-  if ("path" in address && encoder.encode(address.path).length > MAX_PATH_BYTES) {
-    return `the path has ${
-      encoder.encode(address.path).length
-    } bytes; a Unix socket's path has at most ${MAX_PATH_BYTES}`;
+  const pathBytes = "path" in address ? encoder.encode(address.path).length : 0;
+  if (pathBytes > MAX_PATH_BYTES) {
+    return `the path has ${pathBytes} bytes; a Unix socket's path has at most ${MAX_PATH_BYTES}`;
   }
   const words = systemWords(error);
   const isUnresolved = words.startsWith("failed to lookup address") || errorCode(error) === "ENOTFOUND";
@@ -2510,7 +2513,7 @@ function runFilters(
 ): boolean | Promise<boolean> {
   for (const [index, filter] of filters.entries()) {
     const next = filter(filtered.conn, context);
-    if (typeof next === "object" && next !== null && "then" in next) {
+    if (isThenable(next)) {
       return Promise.resolve(next).then((conn) => {
         return passOn(filtered, conn, context) && runFilters(filters.slice(index + 1), filtered, context);
       });
@@ -3311,7 +3314,7 @@ class StreamSession extends Session<SocketStream> {
   }
 
   override outcomeOf(error: unknown): ErrorOutcome | undefined {
-    const isOwn = this.#isFiltered ? this.#transport?.hasRaised(error) === true : true;
+    const isOwn = !this.#isFiltered || this.#transport?.hasRaised(error) === true;
     if (isOwn && this.isCut) return undefined;
     if (!this.#isFiltered) return "handshakeFailed";
     // A stream that its own handler has closed is the handler's mistake.
@@ -3445,8 +3448,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   };
   /** Sessions that ended by themselves since the shutdown began. */
   #finished = 0;
-  /** Settled when nothing of the server is left. */
-  readonly #ended = Promise.withResolvers<void>();
+  /** Nothing of the server is left. */
   #isEnded = false;
   #phase: Phase = "new";
   #address: Address | undefined;
@@ -3506,7 +3508,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    */
   async serveForever(options: { signal?: AbortSignal | undefined } = {}): Promise<void> {
     const { signal } = resolveOptions<{ signal: AbortSignal | undefined }>({ signal: undefined }, options);
-    if (this.#isClosing) return await this.#ended.promise;
+    if (this.#isClosing) return await this.#until(() => this.#isEnded);
     const stop = () => void this.shutdown();
     let stopServices = ignore;
     try {
@@ -3521,7 +3523,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
       stopServices();
       signal?.removeEventListener("abort", stop);
     }
-    await this.#ended.promise;
+    await this.#until(() => this.#isEnded);
   }
 
   /**
@@ -3904,7 +3906,6 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     await this.#acceptor?.close();
     await stopped;
     await settlesWithin(this.#until(() => this.#sessions.length === 0), UNWIND_MS);
-    this.#ended.resolve();
     this.#isEnded = true;
     this.#wake();
     return { finished: this.#finished, cut: [...this.#cutOff], duration: performance.now() - begun };
@@ -4938,9 +4939,9 @@ function localAddressFor(
   path: string,
 ): (Deno.NetAddr | Deno.UnixAddr) & DatagramAddress {
   if ("path" in server) return { transport: "unixpacket", path };
-  const [first, ...rest] = hostBytes(server.hostname) ?? [];
+  const bytes = hostBytes(server.hostname) ?? NO_BYTES;
   const isIpv6 = server.hostname.includes(":");
-  const isLoopback = isIpv6 ? inetNtop(Uint8Array.of(first ?? 0, ...rest)) === "::1" : first === 127;
+  const isLoopback = isIpv6 ? inetNtop(bytes) === "::1" : bytes[0] === 127;
   const hostname = isIpv6 ? isLoopback ? "::1" : "::" : isLoopback ? "127.0.0.1" : "0.0.0.0";
   return { transport: "udp", hostname, port: 0 };
 }
