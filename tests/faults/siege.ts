@@ -31,6 +31,8 @@ export interface Remains extends Holdings {
 const HOLDINGS =
   `ls /proc/$0/fd | wc -l; grep VmRSS /proc/$0/status; cut -d ' ' -f 14,15 /proc/$0/stat; getconf CLK_TCK`;
 
+const DESCRIPTORS = `ls -l /proc/$0/fd; cat /proc/net/tcp`;
+
 const here = (file: string) => new URL(file, import.meta.url).pathname;
 
 /** The server of storm_server.ts, and the peers of attackers.py. */
@@ -87,10 +89,15 @@ export class Siege implements AsyncDisposable {
     }
   }
 
-  /** What the server holds. Another process has to look, as reading /proc takes all permissions. */
+  /** What a shell prints that has the server's process id as `$0`: reading /proc takes all permissions here. */
+  #lookAt(commands: string): string {
+    const { stdout } = new Deno.Command("sh", { args: ["-c", commands, String(this.server.pid)] }).outputSync();
+    return new TextDecoder().decode(stdout);
+  }
+
+  /** What the server holds. */
   holdings(): Holdings {
-    const look = new Deno.Command("sh", { args: ["-c", HOLDINGS, String(this.server.pid)] }).outputSync();
-    const text = new TextDecoder().decode(look.stdout);
+    const text = this.#lookAt(HOLDINGS);
     const [, descriptors, kilobytes, user, system, ticks] = /^(\d+)\n\D*(\d+) kB\n(\d+) (\d+)\n(\d+)\n$/.exec(text) ??
       [];
     return {
@@ -123,7 +130,9 @@ export class Siege implements AsyncDisposable {
   async assertAsBefore(before: Remains, slack = MEMORY_SLACK): Promise<void> {
     // A connection that was closed has its descriptor until the event loop comes round.
     const spare = () => before.descriptors - this.holdings().descriptors;
-    await this.until("the descriptors to be free", ({ active }) => active === 0 && spare() >= 0);
+    await this.until("the descriptors to be free", ({ active }) => active === 0 && spare() >= 0).catch((error) => {
+      throw new Error(`${error.message}\n${before.descriptors} before, now:\n${this.#lookAt(DESCRIPTORS)}`);
+    });
     const { heapBytes, residentBytes } = await this.holdingsWith(0);
     const heapGrown = heapBytes - before.heapBytes;
     assert(heapGrown < HEAP_SLACK, `the heap has grown by ${heapGrown} bytes`);
