@@ -2,7 +2,7 @@ import { assert, assertEquals, assertMatch } from "../deps.ts";
 import { type AcceptFailure, acceptFailure, connect, TcpServer } from "../mod.ts";
 import { FakeTcpConn, turnEnd } from "./fake_conn.ts";
 import { withFakeTime } from "./fake_time.ts";
-import { Echo, FakeListener, FakeServer, printedBy, programTest, rejectionOf } from "./testing.ts";
+import { Echo, FakeListener, FakeServer, peerTest, printedBy, rejectionOf } from "./testing.ts";
 
 function systemError(code: string): Error {
   return Object.assign(new TypeError(`${code} (os error 0)`), { code });
@@ -270,13 +270,17 @@ const HANDLER_FILE = SMALL_SERVER.replace(", TcpServer", "").replace("class", "e
   "",
 );
 
-programTest("200 clients and throwing handlers at 64 descriptors do not end the server", async () => {
+peerTest(["python3"], "200 clients and throwing handlers at 64 descriptors do not end the server", async () => {
   await floodSmallServer({ "main.ts": SMALL_SERVER });
 });
 
-programTest("200 clients and throwing handlers of another file at 64 descriptors do not end the server", async () => {
-  await floodSmallServer({ "main.ts": SMALL_SERVER_OF_TWO_FILES, "handler.ts": HANDLER_FILE });
-});
+peerTest(
+  ["python3"],
+  "200 clients and throwing handlers of another file at 64 descriptors do not end the server",
+  async () => {
+    await floodSmallServer({ "main.ts": SMALL_SERVER_OF_TWO_FILES, "handler.ts": HANDLER_FILE });
+  },
+);
 
 /** Floods a server, and expects one report of the exhaustion. */
 async function floodSmallServer(files: Record<string, string>): Promise<void> {
@@ -323,7 +327,7 @@ for _ in range(100):
     client.close()
 `;
 
-programTest("clients that reset before they are accepted do not end the server", async () => {
+peerTest(["python3"], "clients that reset before they are accepted do not end the server", async () => {
   await using server = new TcpServer({ port: 0 }, Echo);
   const { port } = server.listen();
   const python = new Deno.Command("python3", { args: ["-c", RESETS, String(port)], stderr: "inherit" });

@@ -2,7 +2,7 @@ import { assert, assertEquals, assertMatch, assertRejects } from "../deps.ts";
 import { connect, TcpServer, UnixServer } from "../mod.ts";
 import { FakeTcpConn, turnEnd } from "./fake_conn.ts";
 import { freePort } from "./programs.ts";
-import { countListeners, Echo, networkTest, programTest, rejectionOf, unixTest } from "./testing.ts";
+import { countListeners, Echo, networkTest, peerTest, rejectionOf, unixTest } from "./testing.ts";
 
 /** Runs `test` with the port of a listener that takes no more connections: dials wait. */
 async function withFullBacklog(test: (port: number) => Promise<void>): Promise<void> {
@@ -116,8 +116,9 @@ Deno.exit();
 
 const FOUR_PORTS = 'ip link set lo up && echo 40000 40003 > /proc/sys/net/ipv4/ip_local_port_range && exec "$@"';
 
-programTest(
-  "connect() never meets itself in a namespace of four ports, where one may be made (iproute2, util-linux)",
+peerTest(
+  ["ip"],
+  "connect() never meets itself in a namespace of four ports, where one may be made",
   async () => {
     const enter = (...args: string[]) =>
       new Deno.Command("unshare", {

@@ -13,7 +13,7 @@ import { type Certificates, withCertificates } from "./certificates.ts";
 import { FakeTcpConn, turnEnd } from "./fake_conn.ts";
 import { withFakeTime } from "./fake_time.ts";
 import { Program } from "./programs.ts";
-import { Echo, networkTest, programTest, rejectionOf, unixTest, until, withServer } from "./testing.ts";
+import { Echo, networkTest, peerTest, rejectionOf, unixTest, until, withServer } from "./testing.ts";
 
 /** Runs `test` with the port of a TLS server that sends back what it gets. */
 async function withTlsServer(
@@ -39,29 +39,37 @@ async function withTlsServer(
   });
 }
 
-programTest("connect({ tls }) speaks TLS with a server that an authority of the options vouches for", async () => {
-  await withTlsServer(async (port, { ca }) => {
-    for (const hostname of ["127.0.0.1", "localhost"]) {
-      await using stream = await connect({ hostname, port, tls: { caCerts: [ca.cert] } });
+peerTest(
+  ["openssl"],
+  "connect({ tls }) speaks TLS with a server that an authority of the options vouches for",
+  async () => {
+    await withTlsServer(async (port, { ca }) => {
+      for (const hostname of ["127.0.0.1", "localhost"]) {
+        await using stream = await connect({ hostname, port, tls: { caCerts: [ca.cert] } });
+        await stream.send("hello\n");
+        assertEquals(await stream.readLine(), "hello");
+        assertEquals(formatAddress(stream.remoteAddress), `127.0.0.1:${port}`);
+        assertEquals(stream.localAddress.transport, "tcp");
+        const sent = stream.send(new Uint8Array(1_000_000)).then(() => stream.closeWrite());
+        assertEquals((await stream.readExactly(1_000_000)).length, 1_000_000);
+        await sent;
+        assertEquals(await stream.recv(), null);
+      }
+    });
+  },
+);
+
+peerTest(
+  ["openssl"],
+  "connect({ tls }) checks the certificate for the address in the brackets of a hostname",
+  async () => {
+    await withTlsServer(async (port, { ca }) => {
+      await using stream = await connect({ hostname: "[::1]", port, tls: { caCerts: [ca.cert] } });
       await stream.send("hello\n");
       assertEquals(await stream.readLine(), "hello");
-      assertEquals(formatAddress(stream.remoteAddress), `127.0.0.1:${port}`);
-      assertEquals(stream.localAddress.transport, "tcp");
-      const sent = stream.send(new Uint8Array(1_000_000)).then(() => stream.closeWrite());
-      assertEquals((await stream.readExactly(1_000_000)).length, 1_000_000);
-      await sent;
-      assertEquals(await stream.recv(), null);
-    }
-  });
-});
-
-programTest("connect({ tls }) checks the certificate for the address in the brackets of a hostname", async () => {
-  await withTlsServer(async (port, { ca }) => {
-    await using stream = await connect({ hostname: "[::1]", port, tls: { caCerts: [ca.cert] } });
-    await stream.send("hello\n");
-    assertEquals(await stream.readLine(), "hello");
-  }, "::1");
-});
+    }, "::1");
+  },
+);
 
 /** Options whose handshake fails. */
 const REFUSED: [string, (certificates: Certificates) => true | ConnectTlsOptions][] = [
@@ -71,7 +79,7 @@ const REFUSED: [string, (certificates: Certificates) => true | ConnectTlsOptions
 ];
 
 for (const [what, options] of REFUSED) {
-  programTest(`connect({ tls }) refuses ${what}, and does not try again`, async () => {
+  peerTest(["openssl"], `connect({ tls }) refuses ${what}, and does not try again`, async () => {
     await withTlsServer(async (port, certificates) => {
       const error = await rejectionOf(connect({ port, tls: options(certificates), retries: Infinity }));
       assert(error instanceof Deno.errors.InvalidData, error.name);
@@ -80,7 +88,7 @@ for (const [what, options] of REFUSED) {
   });
 }
 
-programTest("connect({ tls: { serverName } }) checks the certificate for that name", async () => {
+peerTest(["openssl"], "connect({ tls: { serverName } }) checks the certificate for that name", async () => {
   await withTlsServer(async (port, { ca }) => {
     const tls = { caCerts: [ca.cert], serverName: "localhost" };
     await using stream = await connect({ hostname: "127.0.0.1", port, tls });
@@ -89,7 +97,7 @@ programTest("connect({ tls: { serverName } }) checks the certificate for that na
   });
 });
 
-programTest("connect({ tls: { alpnProtocols } }) asks for them, the best one first", async () => {
+peerTest(["openssl"], "connect({ tls: { alpnProtocols } }) asks for them, the best one first", async () => {
   await withTlsServer(async (port, { ca }) => {
     await using stream = await connect({ port, tls: { caCerts: [ca.cert], alpnProtocols: ["echo/1", "other"] } });
     const { under } = stream.under;
@@ -110,7 +118,7 @@ conn.sendall(b"bye\\n")
 socket.socket(fileno=conn.detach()).close()
 `;
 
-programTest("a TLS peer that closes without close_notify is read as the end of the stream", async () => {
+peerTest(["openssl"], "a TLS peer that closes without close_notify is read as the end of the stream", async () => {
   await withCertificates(async ({ ca, server: { certFile, keyFile } }) => {
     await using server = Program.start("python3", ["-c", CURT_SERVER, certFile, keyFile]);
     const [, port] = await server.printed(/(\d+)\n/);

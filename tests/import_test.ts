@@ -1,8 +1,8 @@
 /** mod.ts as strangers meet it: one file, from any address, with no configuration. */
 
 import { assertEquals } from "../deps.ts";
-import { Program, programTestIn } from "./programs.ts";
-import { programTest } from "./testing.ts";
+import { Program } from "./programs.ts";
+import { programTest, programTestIn } from "./testing.ts";
 
 const project = new URL("../", import.meta.url);
 

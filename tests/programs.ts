@@ -6,38 +6,10 @@
  */
 
 import { assert } from "../deps.ts";
-import { programTest } from "./testing.ts";
+import { PACKAGES } from "./packages.ts";
 
 /** Long enough for a busy machine; no test that passes waits for it. */
 const PATIENCE_MS = 10_000;
-
-/** What to install when a program is missing. */
-const PACKAGES: Record<string, string> = {
-  haproxy: "haproxy",
-  nc: "netcat-openbsd",
-  nginx: "nginx",
-  openssl: "openssl",
-  promtool: "prometheus",
-  python3: "python3",
-  "redis-cli": "redis-tools",
-  socat: "socat",
-  "systemd-analyze": "systemd",
-};
-
-/** The names of `programs` that this machine lacks. */
-function missingOf(programs: readonly string[]): string[] {
-  if (Deno.permissions.querySync({ name: "run" }).state !== "granted") return [];
-  return programs.filter((program) =>
-    !new Deno.Command("which", { args: [program], stdout: "null" }).outputSync().success
-  );
-}
-
-/** A test with other programs, in a folder of its own. It is left out where one is missing; its name then says what to install. */
-export function peerTest(programs: readonly string[], name: string, fn: (folder: string) => Promise<void>): void {
-  const packages = missingOf(programs).map((program) => PACKAGES[program] ?? program);
-  if (packages.length === 0) return programTestIn(name, fn);
-  Deno.test({ name: `${name} (apt-get install ${packages.join(" ")})`, ignore: true, fn: () => {} });
-}
 
 export interface ProgramOptions {
   cwd?: string;
@@ -231,18 +203,6 @@ function joined(chunks: Uint8Array[]): Uint8Array {
   return bytes;
 }
 
-/** A test that starts programs, with a folder of its own. */
-export function programTestIn(name: string, fn: (folder: string) => Promise<void>): void {
-  programTest(name, async () => {
-    const folder = await Deno.makeTempDir({ prefix: "socketserver-" });
-    try {
-      await fn(folder);
-    } finally {
-      await Deno.remove(folder, { recursive: true });
-    }
-  });
-}
-
 const here = (path: string) => new URL(path, import.meta.url).pathname;
 
 /** The arguments that run `script`, one of the two, with `permissions` and no others. */
@@ -409,10 +369,17 @@ export async function portOf(server: Program): Promise<number> {
   return Number(port);
 }
 
-/** A port that was free a moment ago. */
+/** A port that was free a moment ago. It is below those that port 0 gives, so that no test beside this one gets it. */
 export function freePort(): number {
-  using listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
-  return listener.addr.port;
+  for (;;) {
+    const port = 20_000 + Math.floor(Math.random() * 12_000);
+    try {
+      Deno.listen({ hostname: "127.0.0.1", port }).close();
+      return port;
+    } catch (error) {
+      if (!(error instanceof Deno.errors.AddrInUse)) throw error;
+    }
+  }
 }
 
 /** A plain connection of the test's own, without the library. */

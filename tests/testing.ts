@@ -13,6 +13,7 @@ import {
   type StreamRequestHandlerClass,
   TcpServer,
 } from "../mod.ts";
+import { missingPackages } from "./packages.ts";
 
 /** The permissions that a kind of test needs; it is left out where they are not granted. */
 type Needs = Partial<Record<"net" | "read" | "write" | "run", true>>;
@@ -55,19 +56,40 @@ export function poolTest(name: string, fn: (t: Deno.TestContext) => void | Promi
 
 /** A test over Unix sockets, whose files lie in a folder of its own. */
 export function unixTest(name: string, fn: (folder: string) => Promise<void>): void {
-  testNeeding({ net: true, read: true, write: true }, name, async () => {
-    const folder = await Deno.makeTempDir({ prefix: "socketserver-" });
-    try {
-      await fn(folder);
-    } finally {
-      await Deno.remove(folder, { recursive: true });
-    }
-  });
+  testNeeding({ net: true, read: true, write: true }, name, () => inFolder(fn));
 }
 
 /** A test that starts other programs. */
 export function programTest(name: string, fn: (t: Deno.TestContext) => void | Promise<void>): void {
   testNeeding({ net: true, read: true, write: true, run: true }, name, fn);
+}
+
+/** A test that starts programs, with a folder of its own. */
+export function programTestIn(name: string, fn: (folder: string, t: Deno.TestContext) => Promise<void>): void {
+  programTest(name, (t) => inFolder((folder) => fn(folder, t)));
+}
+
+/**
+ * A test with `programs` that are not ours, in a folder of its own. It is ignored where one is missing; its name then
+ * says which Debian package brings it.
+ */
+export function peerTest(
+  programs: readonly string[],
+  name: string,
+  fn: (folder: string, t: Deno.TestContext) => Promise<void>,
+): void {
+  const packages = missingPackages(programs);
+  if (packages.length === 0) return programTestIn(name, fn);
+  Deno.test({ name: `${name} (apt-get install ${packages.join(" ")})`, ignore: true, fn: () => {} });
+}
+
+async function inFolder(fn: (folder: string) => Promise<void>): Promise<void> {
+  const folder = await Deno.makeTempDir({ prefix: "socketserver-" });
+  try {
+    await fn(folder);
+  } finally {
+    await Deno.remove(folder, { recursive: true });
+  }
 }
 
 /** What `promise` rejects with; fails the test if it resolves. */

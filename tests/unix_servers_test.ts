@@ -1,7 +1,7 @@
 import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../deps.ts";
 import { connect, perHost, StreamRequestHandler, UnixServer } from "../mod.ts";
-import { programTestIn } from "./programs.ts";
-import { Echo, programTest, rejectionOf, unixTest } from "./testing.ts";
+
+import { Echo, peerTest, programTestIn, rejectionOf, unixTest } from "./testing.ts";
 
 /** Leaves a socket file that nobody answers on, as a killed server does. */
 function leaveStaleSocket(path: string): void {
@@ -218,29 +218,33 @@ while client.recv(100): pass
 `;
 
 if (Deno.build.os === "linux") {
-  programTest("what a client calls itself is printed without control characters, and is no format", async () => {
-    class Faulty extends StreamRequestHandler {
-      override handle() {
-        throw "a bug";
+  peerTest(
+    ["python3"],
+    "what a client calls itself is printed without control characters, and is no format",
+    async () => {
+      class Faulty extends StreamRequestHandler {
+        override handle() {
+          throw "a bug";
+        }
       }
-    }
-    const name = `socketserver-${crypto.randomUUID()}`;
-    const bytes = new TextEncoder().encode(`\0${name}%c\n\x1b[31m\u202e`);
-    const clientName = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
-    const printed: unknown[][] = [];
-    const print = console.error;
-    console.error = (...args) => void printed.push(args);
-    try {
-      await using server = new UnixServer({ path: `\0${name}` }, Faulty);
-      await server.listen();
-      server.serveForever();
-      const python = new Deno.Command("python3", { args: ["-c", NAMED_CLIENT, name, clientName], stderr: "inherit" });
-      assert((await python.output()).success);
-    } finally {
-      console.error = print;
-    }
-    assertEquals(printed, [[String.raw`Error while serving @${name}%%c\n\x1b[31m\u202e:`, "a bug"]]);
-  });
+      const name = `socketserver-${crypto.randomUUID()}`;
+      const bytes = new TextEncoder().encode(`\0${name}%c\n\x1b[31m\u202e`);
+      const clientName = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+      const printed: unknown[][] = [];
+      const print = console.error;
+      console.error = (...args) => void printed.push(args);
+      try {
+        await using server = new UnixServer({ path: `\0${name}` }, Faulty);
+        await server.listen();
+        server.serveForever();
+        const python = new Deno.Command("python3", { args: ["-c", NAMED_CLIENT, name, clientName], stderr: "inherit" });
+        assert((await python.output()).success);
+      } finally {
+        console.error = print;
+      }
+      assertEquals(printed, [[String.raw`Error while serving @${name}%%c\n\x1b[31m\u202e:`, "a bug"]]);
+    },
+  );
 }
 
 unixTest("perHost() counts no client of a UnixServer, as it has no host", async (folder) => {

@@ -4,7 +4,7 @@ import { assert, assertEquals, assertMatch } from "../../deps.ts";
 import { connect, DatagramClient, type SocketStream } from "../../mod.ts";
 import { withCertificates } from "../certificates.ts";
 import { Program } from "../programs.ts";
-import { programTest } from "../testing.ts";
+import { peerTest, programTest } from "../testing.ts";
 import { programOf, Programs } from "./pages.ts";
 
 const PAGE = "docs/programs.md";
@@ -86,7 +86,7 @@ programTest("chat_server.ts closes a client that does not read, and no other cli
   }, { printed: /^(Error while serving 127\.0\.0\.1:\d+: (BadResource: )?The stream is closed\n( {4}at .*\n)*)?$/ });
 });
 
-programTest("store_server.ts answers redis-cli, and a person with nc", async () => {
+peerTest(["redis-cli", "nc"], "store_server.ts answers redis-cli, and a person with nc", async () => {
   await withProgram("store_server.ts", async (port) => {
     await (await dial(port))[Symbol.asyncDispose]();
     const redis = (...args: string[]) => runClient("redis-cli", ["-p", String(port), ...args]);
@@ -102,7 +102,7 @@ programTest("store_server.ts answers redis-cli, and a person with nc", async () 
   });
 });
 
-programTest("calculator_server.ts answers Python's struct", async () => {
+peerTest(["python3"], "calculator_server.ts answers Python's struct", async () => {
   const python = `
 import socket, struct, sys
 with socket.create_connection(("127.0.0.1", int(sys.argv[1]))) as server:
@@ -131,7 +131,7 @@ programTest("time_server.ts answers with the seconds since 1900", async () => {
   }, { flags: ["--unstable-net"] });
 });
 
-programTest("tls_echo_server.ts answers openssl", async () => {
+peerTest(["openssl"], "tls_echo_server.ts answers openssl", async () => {
   await withCertificates(async ({ server: { cert, key } }) => {
     await withProgram("tls_echo_server.ts", async (port) => {
       await (await dial(port))[Symbol.asyncDispose]();

@@ -1,8 +1,9 @@
 /** The two programs of docs/python.md do the same. */
 
 import { assert, assertEquals } from "../../deps.ts";
-import { freePort, Peer, Program, programTestIn } from "../programs.ts";
+import { freePort, Peer, Program } from "../programs.ts";
 import { project, readProject } from "./pages.ts";
+import { peerTest } from "../testing.ts";
 
 /** The first program of `language` on the page, for another port. */
 async function programIn(language: string, port: number): Promise<string> {
@@ -28,19 +29,26 @@ async function dial(port: number): Promise<Peer> {
   }
 }
 
-programTestIn("the two programs of docs/python.md, in Python and here, give the same answers", async (folder) => {
-  const answers = [];
-  for (
-    const [language, command, args] of [["py", "python3", []], ["ts", Deno.execPath(), ["run", "--allow-net"]]] as const
-  ) {
-    const port = freePort();
-    const file = `${folder}/server.${language}`;
-    await Deno.writeTextFile(file, await programIn(language, port));
-    await using _server = Program.start(command, [...args, file]);
-    using client = await dial(port);
-    await client.send("one\r\ntwo\n\nlast");
-    await client.closeWrite();
-    answers.push(new TextDecoder().decode(await client.receiveAll()));
-  }
-  assertEquals(answers, ["ONE\nTWO\n\nLAST\n", "ONE\nTWO\n\nLAST\n"]);
-});
+peerTest(
+  ["python3"],
+  "the two programs of docs/python.md, in Python and here, give the same answers",
+  async (folder) => {
+    const answers = [];
+    for (
+      const [language, command, args] of [["py", "python3", []], ["ts", Deno.execPath(), [
+        "run",
+        "--allow-net",
+      ]]] as const
+    ) {
+      const port = freePort();
+      const file = `${folder}/server.${language}`;
+      await Deno.writeTextFile(file, await programIn(language, port));
+      await using _server = Program.start(command, [...args, file]);
+      using client = await dial(port);
+      await client.send("one\r\ntwo\n\nlast");
+      await client.closeWrite();
+      answers.push(new TextDecoder().decode(await client.receiveAll()));
+    }
+    assertEquals(answers, ["ONE\nTWO\n\nLAST\n", "ONE\nTWO\n\nLAST\n"]);
+  },
+);

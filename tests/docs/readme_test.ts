@@ -2,9 +2,10 @@
 
 import { assert, assertEquals } from "../../deps.ts";
 import { connect } from "../../mod.ts";
-import { freePort, portOf, Program, programTestIn, screen, startServer, Terminal } from "../programs.ts";
-import { programTest } from "../testing.ts";
+import { freePort, portOf, Program, screen, startServer, Terminal } from "../programs.ts";
+
 import { copyLibrary, readProject } from "./pages.ts";
+import { peerTest, programTestIn } from "../testing.ts";
 
 /** The blocks of code of the README in `language`. */
 async function blocks(language: string): Promise<string[]> {
@@ -35,7 +36,7 @@ function withoutTimesAndPorts(text: string): string {
   );
 }
 
-programTest("server.ts and client.ts show what the README's session shows", async () => {
+peerTest(["python3"], "server.ts and client.ts show what the README's session shows", async () => {
   const [session = "", printed = ""] = await blocks("console");
   await using server = startServer();
   const port = String(await portOf(server));

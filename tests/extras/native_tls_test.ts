@@ -71,7 +71,7 @@ print(rest.decode(), end="")`;
     await until(() => server.stats.active === 0);
     assertEquals([Watched.ends, server.errors.length], [["ended"], 0]);
   });
-});
+}, "python3");
 
 tlsTest("a reset is reported as on a plain connection", async (certificates) => {
   Watched.forget();
@@ -86,7 +86,7 @@ tls.close()`;
     await until(() => server.stats.active === 0 && Watched.ends.length === 1);
     assertEquals(Watched.ends, ["ConnectionReset"]);
   });
-});
+}, "python3");
 
 tlsTest(
   "peers that stall, speak HTTP, leave or distrust it hold nobody up and are told apart",

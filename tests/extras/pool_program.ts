@@ -93,10 +93,18 @@ export function makePool(workers: number, port = 0): NotedPool {
   return new NotedPool(import.meta.url, makeServer, { workers, port });
 }
 
+const { setTimeout } = globalThis;
+
+/** A timer that does not wait where a pool waits to replace a worker. */
+function withoutBackoff(callback: () => void, ms = 0) {
+  return setTimeout(callback, ms >= 100 && ms <= 10_000 ? 0 : ms);
+}
+
 /** As a program: `pool_program.ts [WORKERS] [MODE] [GATE]` prints its port, and after SIGTERM its report; it waits 100 ms for handlers. */
 async function main([workers = "2", mode = ""]: string[]): Promise<void> {
   const module = mode === "module is missing" ? import.meta.resolve("./missing.ts") : import.meta.url;
   pool = new WorkerPool(module, FACTORIES[mode] ?? makeServer, { port: 0, workers: Number(workers) });
+  if (mode === "without back-off") globalThis.setTimeout = Object.assign(withoutBackoff, globalThis.setTimeout);
   if (mode === "makes two pools") new WorkerPool(module, makeServer, { port: 0 });
   const { port } = await pool.listen(); // A worker knows the port, too.
   if (pool.isWorker) {

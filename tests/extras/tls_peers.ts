@@ -1,6 +1,6 @@
 /**
  * What the tests of the TLS extra share: servers and clients with the test's certificates, handlers that are named by
- * what they do, and a count of descriptors.
+ * what they do, and a count of sockets.
  *
  * @module
  */
@@ -9,10 +9,15 @@ import { connect, type ServerOptions, type SocketStream, StreamRequestHandler } 
 import type { StreamRequestHandlerClass } from "../../mod.ts";
 import { tlsClient, type TlsClientOptions, TlsServer, type TlsServerAddress, tlsSessionOf } from "../../extras/tls.ts";
 import { type Certificates, withCertificates } from "../certificates.ts";
-import { programTest } from "../testing.ts";
+import { peerTest } from "../testing.ts";
 
-export function tlsTest(name: string, test: (certificates: Certificates) => Promise<void>): void {
-  programTest(name, () => withCertificates(test));
+/** A test with certificates, which take openssl to make, and with other `programs`. */
+export function tlsTest(
+  name: string,
+  test: (certificates: Certificates) => Promise<void>,
+  ...programs: string[]
+): void {
+  peerTest(["openssl", ...programs], name, () => withCertificates(test));
 }
 
 export interface Setup extends ServerOptions {
@@ -56,11 +61,17 @@ export function dial(
   return connect({ hostname, port, timeout: 10_000, filters: [tlsClient({ caCerts: [ca.cert], ...options })] });
 }
 
-/** How many sockets this process has open. Another one has to look, as reading /proc takes all permissions. */
-export function openSockets(): number {
-  const look = new Deno.Command("sh", { args: ["-c", `readlink /proc/${Deno.pid}/fd/*`], stderr: "null" });
-  const targets = new TextDecoder().decode(look.outputSync().stdout).split("\n");
-  return targets.filter((target) => target.startsWith("socket:")).length;
+/**
+ * How many sockets of `port` a program still holds: the listener, and the connections that were accepted. A closed one
+ * has no inode. Another process has to look, as reading /proc takes all permissions.
+ */
+export function heldSockets(port: number): number {
+  const look = new Deno.Command("cat", { args: ["/proc/net/tcp"] }).outputSync();
+  const [, ...sockets] = new TextDecoder().decode(look.stdout).trim().split("\n");
+  const local = `:${port.toString(16).toUpperCase().padStart(4, "0")}`;
+  return sockets.map((line) => line.trim().split(/\s+/)).filter((fields) => {
+    return fields[1]?.endsWith(local) && fields[9] !== "0";
+  }).length;
 }
 
 /** Sends what it is sent, and says how its stream has ended. */

@@ -3,8 +3,8 @@
 import { WorkerPool } from "../../extras/worker_pool.ts";
 import { connect } from "../../mod.ts";
 import { assert, assertEquals, assertMatch, assertRejects } from "../../deps.ts";
-import { freePort, Program, programTestIn } from "../programs.ts";
-import { poolTest, programTest, rejectionOf, scaled, until } from "../testing.ts";
+import { freePort, Program } from "../programs.ts";
+import { poolTest, programTest, programTestIn, rejectionOf, scaled, until } from "../testing.ts";
 import { makePool, type NotedPool } from "./pool_program.ts";
 import {
   ask,
@@ -239,31 +239,27 @@ poolTest("a shutdown does not wait for the end of a back-off", async () => {
 const ENDS = scaled(5, 100);
 
 programTest("a storm of workers that end leaves no descriptor behind", async () => {
+  await using program = startProgram(["1", "without back-off"]);
+  const port = Number((await program.printed(/^(\d+)\n/))[1]);
   /** Another process has to look, as reading /proc takes all permissions. */
   const descriptors = async () => {
-    const look = new Deno.Command("sh", { args: ["-c", `ls /proc/${Deno.pid}/fd | wc -l`] });
+    const look = new Deno.Command("sh", { args: ["-c", `ls /proc/${program.pid}/fd | wc -l`] });
     return Number(new TextDecoder().decode((await look.output()).stdout));
   };
-  await using started = await startPool(1);
-  const { pool, port } = started;
   const crash = async () => {
-    const { stream } = await dial(port);
-    const count = pool.crashes.length;
+    const { stream } = await dial(port); // It waits in the kernel until the next worker serves.
     await ask(stream, "crash reject");
-    await until(() => pool.crashes.length > count);
-    stream.close();
-    closeAll([await dial(port)]);
+    await hangUp(stream);
   };
-  await withTimers(withoutBackoff, async () => {
-    await crash(); // What the runtime opens at the first time is there now.
-    const before = await descriptors();
-    for (let count = ENDS; count > 0; count--) await crash();
-    // The last client's are closed a moment later.
-    let after = await descriptors();
-    for (let looks = 0; looks < 100 && after > before; looks++) after = await descriptors();
-    assert(after <= before, `${before} descriptors before ${ENDS} ends, and ${after} after them`);
-  });
-  await started.end();
+  await crash(); // What the runtime opens at the first time is there now.
+  closeAll([await dial(port)]);
+  const before = await descriptors();
+  for (let count = ENDS; count > 0; count--) await crash();
+  closeAll([await dial(port)]);
+  // The last client's are closed a moment later.
+  let after = await descriptors();
+  for (let looks = 0; looks < 100 && after > before; looks++) after = await descriptors();
+  assert(after <= before, `${before} descriptors before ${ENDS} ends, and ${after} after them`);
 });
 
 poolTest("an end is printed as one sentence with the error of the worker", () => {

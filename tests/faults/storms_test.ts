@@ -7,7 +7,7 @@ import { assert, assertEquals, assertMatch } from "../../deps.ts";
 import { connect, type SocketStream } from "../../mod.ts";
 import { MEMORY_SLACK, ping, Siege } from "./siege.ts";
 import { Program } from "../programs.ts";
-import { programTest, scaled } from "../testing.ts";
+import { peerTest, programTest, scaled } from "../testing.ts";
 
 const RESETS_OF_EACH = scaled(100, 3_400);
 const DRIPPING = scaled(200, 5_000);
@@ -31,32 +31,40 @@ async function pingUntil(client: SocketStream, over: Promise<unknown>): Promise<
   return count;
 }
 
-programTest("200 clients at 64 descriptors: one report, no spin, and service again when they leave", async () => {
-  await using siege = new Siege({}, 64);
-  await siege.order("hold", 200);
-  await siege.server.complained("Cannot accept connections on ");
-  const before = siege.holdings().cpuSeconds;
-  await new Promise((resolve) => setTimeout(resolve, 1_000)); // What it spends in a second is what is asked for.
-  const spent = siege.holdings().cpuSeconds - before;
-  assert(spent < 0.5, `${spent} s of processor time in a second of waiting`);
-  await siege.order("leave", 0);
-  await siege.assertServes();
-  assertEquals((await siege.stats()).overloads, 1);
-  assertMatch(siege.server.stderr, /^[^\n]*Too many open files[^\n]*\n$/);
-});
+peerTest(
+  ["python3"],
+  "200 clients at 64 descriptors: one report, no spin, and service again when they leave",
+  async () => {
+    await using siege = new Siege({}, 64);
+    await siege.order("hold", 200);
+    await siege.server.complained("Cannot accept connections on ");
+    const before = siege.holdings().cpuSeconds;
+    await new Promise((resolve) => setTimeout(resolve, 1_000)); // What it spends in a second is what is asked for.
+    const spent = siege.holdings().cpuSeconds - before;
+    assert(spent < 0.5, `${spent} s of processor time in a second of waiting`);
+    await siege.order("leave", 0);
+    await siege.assertServes();
+    assertEquals((await siege.stats()).overloads, 1);
+    assertMatch(siege.server.stderr, /^[^\n]*Too many open files[^\n]*\n$/);
+  },
+);
 
-programTest("200 clients at 64 descriptors with maxConnections below it: nothing happens at all", async () => {
-  await using siege = new Siege({ maxConnections: 20 }, 64);
-  await siege.order("hold", 200);
-  await siege.until("20 clients", ({ active }) => active === 20);
-  assertEquals((await siege.stats()).accepted, 20);
-  await siege.order("leave", 0);
-  await siege.assertServes();
-  assertEquals((await siege.stats()).overloads, 0);
-  assertEquals(siege.server.stderr, "");
-});
+peerTest(
+  ["python3"],
+  "200 clients at 64 descriptors with maxConnections below it: nothing happens at all",
+  async () => {
+    await using siege = new Siege({ maxConnections: 20 }, 64);
+    await siege.order("hold", 200);
+    await siege.until("20 clients", ({ active }) => active === 20);
+    assertEquals((await siege.stats()).accepted, 20);
+    await siege.order("leave", 0);
+    await siege.assertServes();
+    assertEquals((await siege.stats()).overloads, 0);
+    assertEquals(siege.server.stderr, "");
+  },
+);
 
-programTest(`a storm of ${RESETS_OF_EACH * 3} resets: before accept, in read, in write`, async () => {
+peerTest(["python3"], `a storm of ${RESETS_OF_EACH * 3} resets: before accept, in read, in write`, async () => {
   await using siege = new Siege({});
   const phases = ["reset_before_accept", "reset_in_read", "reset_in_write"];
   for (const phase of phases) await siege.order(phase, 50); // What it makes once, it has made by then.
@@ -80,7 +88,8 @@ programTest(`a storm of ${RESETS_OF_EACH * 3} resets: before accept, in read, in
   await siege.assertAsBefore(before);
 });
 
-programTest(
+peerTest(
+  ["python3"],
   `a storm of ${DRIPPING} clients that drip a byte now and then: closed in time, nobody else is`,
   async () => {
     const timeout = 1_500;
@@ -104,7 +113,8 @@ programTest(
   },
 );
 
-programTest(
+peerTest(
+  ["python3"],
   `a storm of ${DEAF} clients that ask for a gigabyte and never read: memory is flat, others are served`,
   async () => {
     await using siege = new Siege({ timeout: 1_000 });

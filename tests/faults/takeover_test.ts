@@ -3,7 +3,7 @@
 import { assert, assertEquals } from "../../deps.ts";
 import type { LoadReport } from "./load.ts";
 import { Program } from "../programs.ts";
-import { programTest, scaled } from "../testing.ts";
+import { peerTest, scaled } from "../testing.ts";
 
 const HANDOVERS = scaled(3, 100);
 
@@ -37,12 +37,20 @@ async function canMakeNetworks(): Promise<boolean> {
 }
 
 function takeOverTest(migrates: 0 | 1, outcome: string, check: (report: LoadReport) => void): void {
-  programTest(`${HANDOVERS} processes take a port over with tcp_migrate_req=${migrates}: ${outcome}`, async () => {
-    if (!await canMakeNetworks()) return console.log("Left out: the test may not make a network of its own (unshare)");
-    const { bytesOut, ...report } = await takeOver(migrates);
-    assertEquals(bytesOut, report.bytes); // What was answered has arrived.
-    check(report);
-  });
+  peerTest(
+    ["python3"],
+    `${HANDOVERS} processes take a port over with tcp_migrate_req=${migrates}: ${outcome}`,
+    async () => {
+      if (!await canMakeNetworks()) {
+        return console.log(
+          "Left out: the test may not make a network of its own (unshare)",
+        );
+      }
+      const { bytesOut, ...report } = await takeOver(migrates);
+      assertEquals(bytesOut, report.bytes); // What was answered has arrived.
+      check(report);
+    },
+  );
 }
 
 takeOverTest(1, "no exchange fails", ({ failures, answered }) => {

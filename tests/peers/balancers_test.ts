@@ -15,8 +15,8 @@ import {
 } from "../../mod.ts";
 import { type Balancer, type ClaimPort, startHaproxy, startNginx } from "./balancers.ts";
 import { withCertificates } from "../certificates.ts";
-import { Peer, peerTest } from "../programs.ts";
-import { until } from "../testing.ts";
+import { Peer } from "../programs.ts";
+import { peerTest, until } from "../testing.ts";
 
 const FROM_LOOPBACK: ServerOptions = { filters: [proxyProtocol({ from: ["127.0.0.1"] })] };
 

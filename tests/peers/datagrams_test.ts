@@ -12,8 +12,8 @@ import {
   RecordingUnixServer,
   withServer,
 } from "../datagrams.ts";
-import { Program, programTestIn } from "../programs.ts";
-import { programTest, until } from "../testing.ts";
+import { Program } from "../programs.ts";
+import { peerTest, programTestIn, until } from "../testing.ts";
 import { startPython } from "./python.ts";
 
 /** A Python client, which sends the lines that it is given. */
@@ -21,7 +21,7 @@ function startUnixClient(way: string, folder: string, name = "client"): Program 
   return startPython("unix_datagram_client.py", [way, `${folder}/server.sock`, `${folder}/${name}.sock`]);
 }
 
-programTestIn("a Python client that is bound is answered", async (folder) => {
+peerTest(["python3"], "a Python client that is bound is answered", async (folder) => {
   const path = `${folder}/server.sock`;
   await withServer(new UnixDatagramServer({ path }, EchoDatagram), async () => {
     await using client = startUnixClient("sendto", folder);
@@ -34,7 +34,7 @@ programTestIn("a Python client that is bound is answered", async (folder) => {
   });
 });
 
-programTestIn("a Python client is answered while the server receives", async (folder) => {
+peerTest(["python3"], "a Python client is answered while the server receives", async (folder) => {
   const path = `${folder}/server.sock`;
   const exit = Promise.withResolvers<void>();
   await withServer(new UnixDatagramServer({ path }, echoExcept("slow", exit.promise)), async (server) => {
@@ -47,7 +47,7 @@ programTestIn("a Python client is answered while the server receives", async (fo
   });
 });
 
-programTestIn("a Python client that never reads holds up nobody else", async (folder) => {
+peerTest(["python3"], "a Python client that never reads holds up nobody else", async (folder) => {
   const path = `${folder}/server.sock`;
   const Generous = handlerOf(async (request) => {
     const isDeaf = decoded(request.data) === "deaf";
@@ -85,22 +85,26 @@ const UNANSWERABLE = [
 ];
 
 for (const { name, way, words } of UNANSWERABLE) {
-  programTestIn(`a Python client that ${name} is aborted by its reply, and the server goes on`, async (folder) => {
-    const path = `${folder}/server.sock`;
-    await withServer(new RecordingUnixServer({ path }, EchoDatagram), async (server) => {
-      await using client = startUnixClient(way, folder);
-      await client.write("hello\n");
-      await client.printed("sent\n");
-      await until(() => server.errors.length > 0 && server.stats.active === 0);
-      await assertServes(path);
-      assertEquals([server.outcomes, server.stats.aborted, server.stats.errors], [["aborted"], 1, 0]);
-      assertMatch(String(server.errors[0]), /: Cannot reply with 5 bytes to /);
-      assertMatch(String(server.errors[0]), words);
-    });
-  });
+  peerTest(
+    ["python3"],
+    `a Python client that ${name} is aborted by its reply, and the server goes on`,
+    async (folder) => {
+      const path = `${folder}/server.sock`;
+      await withServer(new RecordingUnixServer({ path }, EchoDatagram), async (server) => {
+        await using client = startUnixClient(way, folder);
+        await client.write("hello\n");
+        await client.printed("sent\n");
+        await until(() => server.errors.length > 0 && server.stats.active === 0);
+        await assertServes(path);
+        assertEquals([server.outcomes, server.stats.aborted, server.stats.errors], [["aborted"], 1, 0]);
+        assertMatch(String(server.errors[0]), /: Cannot reply with 5 bytes to /);
+        assertMatch(String(server.errors[0]), words);
+      });
+    },
+  );
 }
 
-programTestIn("of many clients that cannot be answered the server prints one line", async (folder) => {
+peerTest(["python3"], "of many clients that cannot be answered the server prints one line", async (folder) => {
   const path = `${folder}/server.sock`;
   const print = console.error;
   const printed: unknown[][] = [];
@@ -119,19 +123,23 @@ programTestIn("of many clients that cannot be answered the server prints one lin
   assertMatch(lines[0] ?? "", /^%s Cannot reply with 5 bytes to \(unnamed Unix socket\): the client [^\n]*$/);
 });
 
-programTestIn("a Python client whose path is no UTF-8 is counted as lost, and the server goes on", async (folder) => {
-  const path = `${folder}/server.sock`;
-  await withServer(new RecordingUnixServer({ path }, EchoDatagram), async (server) => {
-    await using client = startUnixClient("deaf-sendto", folder, "?");
-    await client.write("hello\n");
-    await client.printed("sent\n");
-    await until(() => server.stats.lost === 1);
-    await assertServes(path);
-    assertEquals(server.errors, []);
-  });
-});
+peerTest(
+  ["python3"],
+  "a Python client whose path is no UTF-8 is counted as lost, and the server goes on",
+  async (folder) => {
+    const path = `${folder}/server.sock`;
+    await withServer(new RecordingUnixServer({ path }, EchoDatagram), async (server) => {
+      await using client = startUnixClient("deaf-sendto", folder, "?");
+      await client.write("hello\n");
+      await client.printed("sent\n");
+      await until(() => server.stats.lost === 1);
+      await assertServes(path);
+      assertEquals(server.errors, []);
+    });
+  },
+);
 
-programTestIn("a client outlives a stranger whose path is no UTF-8", async (folder) => {
+peerTest(["python3"], "a client outlives a stranger whose path is no UTF-8", async (folder) => {
   const path = `${folder}/server.sock`;
   const echoPath = `${folder}/echo.sock`;
   await withServer(new UnixDatagramServer({ path: echoPath }, EchoDatagram), async (_server, _address, dial) => {
@@ -146,13 +154,13 @@ programTestIn("a client outlives a stranger whose path is no UTF-8", async (fold
   });
 });
 
-programTest("socat talks to a UDP server", async () => {
+peerTest(["socat"], "socat talks to a UDP server", async () => {
   await withServer(new UdpServer({ port: 0 }, EchoDatagram), async (_server, { port }) => {
     await assertTalks(["-", `UDP4:127.0.0.1:${port}`]);
   });
 });
 
-programTestIn("socat talks to a server of Unix datagrams", async (folder) => {
+peerTest(["socat"], "socat talks to a server of Unix datagrams", async (folder) => {
   const path = `${folder}/server.sock`;
   await withServer(new UnixDatagramServer({ path }, EchoDatagram), async () => {
     await assertTalks(["-", `UNIX-SENDTO:${path},bind=${folder}/client.sock`]);

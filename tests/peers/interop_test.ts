@@ -1,22 +1,13 @@
 /** server.ts and client.ts with the programs that the world has: the tutorial's own, nc, socat. */
 
 import { assert, assertEquals, assertMatch } from "../../deps.ts";
-import {
-  portOf,
-  Program,
-  programTestIn,
-  runScript,
-  startScript,
-  startServer,
-  startUnixServer,
-  unixPermissions,
-} from "../programs.ts";
+import { portOf, Program, runScript, startScript, startServer, startUnixServer, unixPermissions } from "../programs.ts";
 import { startPython } from "./python.ts";
-import { programTest, rejectionOf } from "../testing.ts";
+import { peerTest, programTest, programTestIn, rejectionOf } from "../testing.ts";
 
 const STAMP = String.raw`[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4}`;
 
-programTest("the tutorial's client talks to server.ts as it does to the tutorial's server", async () => {
+peerTest(["python3"], "the tutorial's client talks to server.ts as it does to the tutorial's server", async () => {
   await using server = startServer();
   const port = await portOf(server);
   await using client = startPython("client.py", ["127.0.0.1", String(port)]);
@@ -29,7 +20,7 @@ programTest("the tutorial's client talks to server.ts as it does to the tutorial
   await server.printed(/^waiting for connection\.\.\..*\n\.\.\.connected from: 127\.0\.0\.1:\d+\n$/);
 });
 
-programTest("two of the tutorial's clients are served by server.ts at the same time", async () => {
+peerTest(["python3"], "two of the tutorial's clients are served by server.ts at the same time", async () => {
   await using server = startServer();
   const port = await portOf(server);
   await using first = startPython("client.py", ["127.0.0.1", String(port)]);
@@ -56,7 +47,7 @@ for (const { file, opening, closing } of PYTHON_SERVERS) {
   for (const { flags, shown } of LINE_ENDS) {
     const answer = (line: string) => `${opening}${STAMP}${closing} b'${line}${shown}'`;
 
-    programTest(`client.ts ${flags.join("")} is answered by the tutorial's ${file}`, async () => {
+    peerTest(["python3"], `client.ts ${flags.join("")} is answered by the tutorial's ${file}`, async () => {
       await using server = startPython(file, ["0"]);
       const port = await portOf(server);
       await server.printed("waiting for connection...\n");
@@ -74,14 +65,14 @@ for (const { file, opening, closing } of PYTHON_SERVERS) {
   }
 }
 
-programTest("client.ts says so when the tutorial's plain server does not close its end", async () => {
+peerTest(["python3"], "client.ts says so when the tutorial's plain server does not close its end", async () => {
   await using server = startPython("socket_server.py", ["0"]);
   const port = await portOf(server);
   const { code, stderr } = await runScript("client.ts", ["--port", String(port), "--timeout", "300", "hello"]);
   assertEquals([code, stderr], [0, "client.ts: the server has answered everything, but keeps the connection open\n"]);
 });
 
-programTest("nc talks to server.ts", async () => {
+peerTest(["nc"], "nc talks to server.ts", async () => {
   await using server = startServer();
   const port = await portOf(server);
   await using nc = Program.start("nc", ["-N", "127.0.0.1", String(port)]);
@@ -91,7 +82,7 @@ programTest("nc talks to server.ts", async () => {
   assertEquals((await nc.ended()).code, 0);
 });
 
-programTestIn("nc -U talks to server.ts --unix", async (folder) => {
+peerTest(["nc"], "nc -U talks to server.ts --unix", async (folder) => {
   const path = `${folder}/server.sock`;
   await using _server = await startUnixServer(path);
   await using nc = Program.start("nc", ["-N", "-U", path]);
@@ -112,7 +103,7 @@ programTestIn("client.ts --unix talks to server.ts --unix", async (folder) => {
   assert(server.stdout.includes("...connected from: (unnamed Unix socket)\n"));
 });
 
-programTest("socat talks to server.ts", async () => {
+peerTest(["socat"], "socat talks to server.ts", async () => {
   await using server = startServer();
   const port = await portOf(server);
   await using socat = Program.start("socat", ["-", `TCP:127.0.0.1:${port}`]);
@@ -122,7 +113,7 @@ programTest("socat talks to server.ts", async () => {
   assertEquals((await socat.ended()).code, 0);
 });
 
-programTest("client.ts talks to nc, which knows nothing of answers", async () => {
+peerTest(["nc"], "client.ts talks to nc, which knows nothing of answers", async () => {
   await using nc = Program.start("nc", ["-v", "-N", "-l", "127.0.0.1", "0"]);
   const [, port] = await nc.complained(/ (\d+)\n/);
   await using client = startScript("client.ts", ["--port", String(port)]);

@@ -9,7 +9,7 @@
 
 import { assertEquals } from "../../deps.ts";
 import { Program } from "../programs.ts";
-import { programTest } from "../testing.ts";
+
 import { DATAGRAMS } from "./model/datagrams.ts";
 import { ENDINGS } from "./model/endings.ts";
 import { Model, Play } from "./model/play.ts";
@@ -17,6 +17,7 @@ import { isDatagram, KINDS } from "./model/scenario.ts";
 import { SERVING } from "./model/serving.ts";
 import { STREAMS } from "./model/streams.ts";
 import { startPython } from "./python.ts";
+import { peerTest } from "../testing.ts";
 
 const SCENARIOS = [...STREAMS, ...SERVING, ...ENDINGS, ...DATAGRAMS];
 
@@ -37,7 +38,7 @@ function startHere(): Program {
 }
 
 for (const kind of KINDS) {
-  programTest(`Python's ${kind.python} and ${kind.here} do the same`, async (t) => {
+  peerTest(["python3"], `Python's ${kind.python} and ${kind.here} do the same`, async (_folder, t) => {
     const folder = await Deno.makeTempDir({ prefix: "socketserver-" });
     try {
       await using pythonProgram = startPython("model/server.py");

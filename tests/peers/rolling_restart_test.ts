@@ -3,9 +3,9 @@
 import { assert, assertEquals } from "../../deps.ts";
 import { startHaproxy } from "./balancers.ts";
 import { Load } from "../faults/load.ts";
-import { peerTest, Service } from "../programs.ts";
+import { Service } from "../programs.ts";
 import { runningFile } from "./running_files.ts";
-import { scaled } from "../testing.ts";
+import { peerTest, scaled } from "../testing.ts";
 
 const ROUNDS = scaled(1, 10);
 

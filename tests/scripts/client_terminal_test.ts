@@ -12,7 +12,7 @@ import {
   TalkingServer,
   Terminal,
 } from "../programs.ts";
-import { programTest } from "../testing.ts";
+import { peerTest } from "../testing.ts";
 
 /** Answers each line with "echo: " and the line. */
 async function echoLines(peer: Peer): Promise<void> {
@@ -28,7 +28,7 @@ function terminalOf(server: FakeServer, args: string[] = [], columns = 80): Term
   return new Terminal(["--port", String(server.port), ...args], { columns });
 }
 
-programTest("a typed line is sent, and the answer printed above a new prompt", async () => {
+peerTest(["python3"], "a typed line is sent, and the answer printed above a new prompt", async () => {
   await using server = new FakeServer(echoLines);
   await using terminal = terminalOf(server);
   await terminal.shows(">>>");
@@ -48,7 +48,7 @@ const ENDINGS = [
 ];
 
 for (const { name, keys, shown = ">>>" } of ENDINGS) {
-  programTest(`${name} ends the client and leaves a sane terminal`, async () => {
+  peerTest(["python3"], `${name} ends the client and leaves a sane terminal`, async () => {
     await using server = new FakeServer(echoLines);
     await using terminal = terminalOf(server);
     await terminal.shows(">>>");
@@ -57,7 +57,7 @@ for (const { name, keys, shown = ">>>" } of ENDINGS) {
   });
 }
 
-programTest("a server that does not close its end is left after a moment", async () => {
+peerTest(["python3"], "a server that does not close its end is left after a moment", async () => {
   await using server = new TalkingServer();
   await using terminal = terminalOf(server);
   await terminal.shows(">>>");
@@ -66,7 +66,8 @@ programTest("a server that does not close its end is left after a moment", async
 });
 
 for (const ending of [ENTER, CTRL_D]) {
-  programTest(
+  peerTest(
+    ["python3"],
     `what is typed ahead is answered before ${ending === ENTER ? "the empty line" : "Ctrl-D"} ends it`,
     async () => {
       await using server = new FakeServer(echoLines);
@@ -80,7 +81,7 @@ for (const ending of [ENTER, CTRL_D]) {
   );
 }
 
-programTest("with --keep-open an empty line asks again and sends nothing", async () => {
+peerTest(["python3"], "with --keep-open an empty line asks again and sends nothing", async () => {
   await using server = new FakeServer(echoLines);
   await using terminal = terminalOf(server, ["--keep-open"]);
   await terminal.shows(">>>");
@@ -92,7 +93,7 @@ programTest("with --keep-open an empty line asks again and sends nothing", async
   assertEquals((await terminal.ended()).how, SANE);
 });
 
-programTest("the up arrow brings back the last line", async () => {
+peerTest(["python3"], "the up arrow brings back the last line", async () => {
   await using server = new FakeServer(echoLines);
   await using terminal = terminalOf(server);
   await terminal.shows(">>>");
@@ -104,7 +105,7 @@ programTest("the up arrow brings back the last line", async () => {
   await terminal.shows(">>> hello", "echo: hello", ">>> hello", "echo: hello", ">>>");
 });
 
-programTest("the arrows bring back each line once, and no empty one", async () => {
+peerTest(["python3"], "the arrows bring back each line once, and no empty one", async () => {
   await using server = new FakeServer(echoLines);
   await using terminal = terminalOf(server, ["--keep-open"]);
   await terminal.shows(">>>");
@@ -122,7 +123,7 @@ programTest("the arrows bring back each line once, and no empty one", async () =
   await terminal.shows(...rows, ">>> one");
 });
 
-programTest("Ctrl-L clears the screen and keeps what is typed", async () => {
+peerTest(["python3"], "Ctrl-L clears the screen and keeps what is typed", async () => {
   await using server = new FakeServer(echoLines);
   await using terminal = terminalOf(server);
   await terminal.shows(">>>");
@@ -134,7 +135,7 @@ programTest("Ctrl-L clears the screen and keeps what is typed", async () => {
   await terminal.shows(">>> half");
 });
 
-programTest("a terminal does not obey what the server sends", async () => {
+peerTest(["python3"], "a terminal does not obey what the server sends", async () => {
   await using server = new FakeServer(async (peer) => {
     await peer.receive("\n");
     await peer.send("\x1b[2J\x9b2J\u202e\tkept\r\n");
@@ -151,7 +152,7 @@ programTest("a terminal does not obey what the server sends", async () => {
   await terminal.shows(">>> one", "\\x1b[2J\\x9b2J\\u202e\tkept", ">>> two", "你", ">>>");
 });
 
-programTest("a line can be edited in its middle", async () => {
+peerTest(["python3"], "a line can be edited in its middle", async () => {
   await using server = new FakeServer(echoLines);
   await using terminal = terminalOf(server);
   await terminal.shows(">>>");
@@ -167,7 +168,7 @@ const TYPED = [
 ];
 
 for (const { name, typed, columns, rows } of TYPED) {
-  programTest(`what the server says is printed above the prompt, with ${name} typed`, async () => {
+  peerTest(["python3"], `what the server says is printed above the prompt, with ${name} typed`, async () => {
     await using server = new TalkingServer();
     await using terminal = terminalOf(server, [], columns);
     await terminal.shows(">>>");
@@ -182,7 +183,7 @@ for (const { name, typed, columns, rows } of TYPED) {
   });
 }
 
-programTest("the cursor stays where it was while the server speaks", async () => {
+peerTest(["python3"], "the cursor stays where it was while the server speaks", async () => {
   await using server = new TalkingServer();
   await using terminal = terminalOf(server);
   await terminal.shows(">>>");
@@ -194,7 +195,7 @@ programTest("the cursor stays where it was while the server speaks", async () =>
   assertEquals(await server.hear(), "hello\n");
 });
 
-programTest("a server that leaves while the prompt waits ends the client with a clear line", async () => {
+peerTest(["python3"], "a server that leaves while the prompt waits ends the client with a clear line", async () => {
   await using server = new TalkingServer();
   await using terminal = terminalOf(server);
   await terminal.shows(">>>");
@@ -204,7 +205,7 @@ programTest("a server that leaves while the prompt waits ends the client with a 
   assertEquals(await terminal.ended(), { how: SANE, screen: [">>> half", "The server has left.", ""] });
 });
 
-programTest("a server that resets the connection ends the client with a clear line", async () => {
+peerTest(["python3"], "a server that resets the connection ends the client with a clear line", async () => {
   await using server = startPython("resetting_server.py");
   await using terminal = new Terminal(["--port", String(await portOf(server))]);
   await terminal.shows(">>>");
@@ -215,14 +216,14 @@ programTest("a server that resets the connection ends the client with a clear li
   assertEquals(screen.slice(-2), ["client.ts: Connection reset by peer (os error 104)", ""]);
 });
 
-programTest("a server that cannot be reached leaves the terminal sane", async () => {
+peerTest(["python3"], "a server that cannot be reached leaves the terminal sane", async () => {
   await using terminal = new Terminal(["--port", String(freePort())]);
   const { how, screen } = await terminal.ended();
   assertEquals(how, "exit code 1, terminal as it was");
   assertMatch(screen.join("\n"), /^client\.ts: .* connection refused; /);
 });
 
-programTest("a person may think for longer than --timeout", async () => {
+peerTest(["python3"], "a person may think for longer than --timeout", async () => {
   await using server = new FakeServer(echoLines);
   await using terminal = terminalOf(server, ["--timeout", "50"]);
   await terminal.shows(">>>");
@@ -233,7 +234,7 @@ programTest("a person may think for longer than --timeout", async () => {
   await terminal.shows(">>> hello", "echo: hello", ">>>");
 });
 
-programTest("messages are not asked for on a terminal", async () => {
+peerTest(["python3"], "messages are not asked for on a terminal", async () => {
   await using server = new FakeServer(echoLines);
   await using terminal = terminalOf(server, ["hello"]);
   assertEquals(await terminal.ended(), { how: SANE, screen: ["echo: hello", ""] });
@@ -241,7 +242,7 @@ programTest("messages are not asked for on a terminal", async () => {
 
 // --- Special terminals ----------------------------------------------------------------
 
-programTest("a stopped client goes on after fg, with what was typed, whoever has stopped it", async () => {
+peerTest(["python3"], "a stopped client goes on after fg, with what was typed, whoever has stopped it", async () => {
   await using server = new FakeServer(echoLines);
   const command = [Deno.execPath(), ...denoArgs("client.ts", ["--port", `${server.port}`], ["--allow-net=127.0.0.1"])];
   await using shell = new Terminal([], { command: ["bash", "--norc", "--noprofile", "-i"] });
@@ -264,7 +265,7 @@ programTest("a stopped client goes on after fg, with what was typed, whoever has
 
 const SEPARATORS = "a\u2028b\u2029c";
 
-programTest("U+2028 and U+2029 are characters of a line, typed or pasted", async () => {
+peerTest(["python3"], "U+2028 and U+2029 are characters of a line, typed or pasted", async () => {
   await using server = new TalkingServer();
   await using terminal = terminalOf(server);
   await terminal.shows(">>>");
@@ -274,20 +275,24 @@ programTest("U+2028 and U+2029 are characters of a line, typed or pasted", async
   }
 });
 
-programTest("a pasted line of 8,000 characters is there at once, and can be edited and brought back", async () => {
-  await using server = new TalkingServer();
-  await using terminal = terminalOf(server);
-  await terminal.shows(">>>");
-  const begun = performance.now();
-  const text = "0123456789".repeat(800);
-  await terminal.type(`${text}z${LEFT}!${ENTER}`);
-  assertEquals(await server.hear(), `${text}!z\n`);
-  assert(performance.now() - begun < 3_000); // Key by key it would take 30 s.
-  await terminal.type(`${UP}?${ENTER}`);
-  assertEquals(await server.hear(), `${text}!z?\n`);
-});
+peerTest(
+  ["python3"],
+  "a pasted line of 8,000 characters is there at once, and can be edited and brought back",
+  async () => {
+    await using server = new TalkingServer();
+    await using terminal = terminalOf(server);
+    await terminal.shows(">>>");
+    const begun = performance.now();
+    const text = "0123456789".repeat(800);
+    await terminal.type(`${text}z${LEFT}!${ENTER}`);
+    assertEquals(await server.hear(), `${text}!z\n`);
+    assert(performance.now() - begun < 3_000); // Key by key it would take 30 s.
+    await terminal.type(`${UP}?${ENTER}`);
+    assertEquals(await server.hear(), `${text}!z?\n`);
+  },
+);
 
-programTest("with TERM=dumb there is a prompt and no escape sequence", async () => {
+peerTest(["python3"], "with TERM=dumb there is a prompt and no escape sequence", async () => {
   await using server = new FakeServer(echoLines);
   await using terminal = new Terminal(["--port", String(server.port)], { env: { TERM: "dumb" } });
   await terminal.shows(">>>");
@@ -300,17 +305,21 @@ programTest("with TERM=dumb there is a prompt and no escape sequence", async () 
 });
 
 for (const [columns, rows] of [[0, 0], [0, 24], [80, 0]] as const) {
-  programTest(`on a terminal of ${columns} columns and ${rows} rows nothing is cut and nothing thrown`, async () => {
-    await using server = new TalkingServer();
-    await using terminal = new Terminal(["--port", String(server.port)], { columns, rows });
-    await terminal.showsLike(/>>>$/);
-    const text = "x".repeat(300);
-    await terminal.type(`${text}${ENTER}`);
-    assertEquals(await server.hear(), `${text}\n`);
-    await server.say(`${text}y\n`);
-    await terminal.showsLike(/x{20}y\n>>>$/);
-    await terminal.type(CTRL_D);
-    assertEquals((await terminal.ended()).how, SANE);
-    assert(terminal.output.includes(`${text}y`), JSON.stringify(terminal.output));
-  });
+  peerTest(
+    ["python3"],
+    `on a terminal of ${columns} columns and ${rows} rows nothing is cut and nothing thrown`,
+    async () => {
+      await using server = new TalkingServer();
+      await using terminal = new Terminal(["--port", String(server.port)], { columns, rows });
+      await terminal.showsLike(/>>>$/);
+      const text = "x".repeat(300);
+      await terminal.type(`${text}${ENTER}`);
+      assertEquals(await server.hear(), `${text}\n`);
+      await server.say(`${text}y\n`);
+      await terminal.showsLike(/x{20}y\n>>>$/);
+      await terminal.type(CTRL_D);
+      assertEquals((await terminal.ended()).how, SANE);
+      assert(terminal.output.includes(`${text}y`), JSON.stringify(terminal.output));
+    },
+  );
 }

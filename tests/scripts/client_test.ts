@@ -15,7 +15,7 @@ import {
   startServer,
   TalkingServer,
 } from "../programs.ts";
-import { programTest } from "../testing.ts";
+import { peerTest, programTest } from "../testing.ts";
 
 const STAMP = String.raw`\[[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4}\] `;
 
@@ -209,7 +209,8 @@ programTest("a server that leaves in the middle is one sentence about what happe
   assertEquals(outcome.stdout, "bye: you have asked enough\n");
 });
 
-programTest(
+peerTest(
+  ["python3"],
   "a server that resets the connection is one sentence with the system's words, and exit code 1",
   async () => {
     await using server = startPython("resetting_server.py");

@@ -8,7 +8,6 @@ import {
   permissionsIn,
   portOf,
   Program,
-  programTestIn,
   runScript,
   startScript,
   startServer,
@@ -16,7 +15,7 @@ import {
   Terminal,
   unixPermissions,
 } from "../programs.ts";
-import { programTest } from "../testing.ts";
+import { peerTest, programTest, programTestIn } from "../testing.ts";
 
 const STAMP = String.raw`\[[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4}\] `;
 const STAMP_LENGTH = "[Thu Sep 15 22:29:12 2016] ".length;
@@ -38,7 +37,7 @@ programTest("the server prints the tutorial's words and answers with the time", 
   assertEquals(server.stdout, lines.join("\n") + "\n");
 });
 
-programTestIn("the time is written as Python's time.ctime() writes it", async (folder) => {
+peerTest(["python3"], "the time is written as Python's time.ctime() writes it", async (folder) => {
   const preload = `${folder}/frozen_date.ts`;
   for (const TZ of ["UTC", "Asia/Kathmandu", "America/New_York"]) {
     for (const seconds of [1_472_768_952, 1_473_949_752, 946_684_800]) {
@@ -255,7 +254,7 @@ const COLOUR = "\x1b[36m";
 for (
   const [name, env, isColoured] of [["in colours", { NO_COLOR: "" }, true], ["not with NO_COLOR", {}, false]] as const
 ) {
-  programTest(`on a terminal addresses stand out, ${name}`, async () => {
+  peerTest(["python3"], `on a terminal addresses stand out, ${name}`, async () => {
     await using server = new Terminal(["--port", String(freePort())], { script: "server.ts", env });
     await server.showsLike(/waiting for connection\.\.\. on 127\.0\.0\.1:\d+/);
     assertEquals(server.output.includes(COLOUR), isColoured);

@@ -1,8 +1,8 @@
 /** docs/running/service.ts: what it logs, what it answers operators, and how it ends. */
 
 import { assert, assertEquals, assertMatch } from "../../deps.ts";
-import { assertFailed, Peer, peerTest, Program, Service } from "../programs.ts";
-import { programTest } from "../testing.ts";
+import { assertFailed, Peer, Program, Service } from "../programs.ts";
+import { peerTest, programTest } from "../testing.ts";
 
 /** Sends one HTTP request; resolves to the whole answer. */
 async function request(port: number, head: string): Promise<string> {

@@ -2,7 +2,8 @@
 
 import { assertEquals, assertMatch } from "../../deps.ts";
 import { type Certificates, withCertificates } from "../certificates.ts";
-import { assertFailed, peerTest, permissionsIn, portOf, Program, runScript, startScript } from "../programs.ts";
+import { assertFailed, permissionsIn, portOf, Program, runScript, startScript } from "../programs.ts";
+import { peerTest } from "../testing.ts";
 
 const STAMP = String.raw`\[[^\]]+\] `;
 

@@ -7,13 +7,12 @@ import {
   permissionsIn,
   portOf,
   Program,
-  programTestIn,
   runScript,
   startScript,
   startServer,
   Terminal,
 } from "../programs.ts";
-import { programTest } from "../testing.ts";
+import { peerTest, programTest, programTestIn } from "../testing.ts";
 
 const STAMP = String.raw`\[[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4}\] `;
 const STAMP_LENGTH = "[Thu Sep 15 22:29:12 2016] ".length;
@@ -126,7 +125,7 @@ programTest("a datagram whose answer would be too long is one sentence, and serv
   assertMatch(server.stderr, /^server\.ts: Cannot reply with 65527 bytes to 127\.0\.0\.1:\d+: [^\n]*\n$/);
 });
 
-programTest("socat talks to server.ts --udp", async () => {
+peerTest(["socat"], "socat talks to server.ts --udp", async () => {
   await using server = startServer(["--udp"]);
   await using socat = Program.start("socat", ["-", `UDP4:127.0.0.1:${await portOf(server)}`]);
   await socat.write("hello\n");
@@ -256,7 +255,7 @@ function terminalOf(server: PlainServer, args: string[] = []): Terminal {
   return new Terminal(["--udp", "--port", String(server.port), ...args]);
 }
 
-programTest("a typed line is sent without its end, and the answer printed above a new prompt", async () => {
+peerTest(["python3"], "a typed line is sent without its end, and the answer printed above a new prompt", async () => {
   await using server = new PlainServer(echo);
   await using terminal = terminalOf(server);
   await terminal.shows(">>>");
@@ -268,7 +267,7 @@ programTest("a typed line is sent without its end, and the answer printed above 
 });
 
 for (const [name, ending] of [["an empty line", ENTER], ["Ctrl-D", CTRL_D]] as const) {
-  programTest(`${name} ends the client`, async () => {
+  peerTest(["python3"], `${name} ends the client`, async () => {
     await using server = new PlainServer(echo);
     await using terminal = terminalOf(server);
     await terminal.shows(">>>");
@@ -276,7 +275,7 @@ for (const [name, ending] of [["an empty line", ENTER], ["Ctrl-D", CTRL_D]] as c
     assertEquals(await terminal.ended(), { how: SANE, screen: [">>>", ""] });
   });
 
-  programTest(`what is typed ahead is answered before ${name} ends it`, async () => {
+  peerTest(["python3"], `what is typed ahead is answered before ${name} ends it`, async () => {
     await using server = new PlainServer(echo);
     await using terminal = terminalOf(server);
     await terminal.shows(">>>");
@@ -287,7 +286,7 @@ for (const [name, ending] of [["an empty line", ENTER], ["Ctrl-D", CTRL_D]] as c
   });
 }
 
-programTest("an empty answer is shown as an empty line", async () => {
+peerTest(["python3"], "an empty answer is shown as an empty line", async () => {
   await using server = new PlainServer(() => [""]);
   await using terminal = terminalOf(server);
   await terminal.shows(">>>");
@@ -295,7 +294,7 @@ programTest("an empty answer is shown as an empty line", async () => {
   await terminal.shows(">>> hello", "", ">>>");
 });
 
-programTest("several answers to one line are all printed", async () => {
+peerTest(["python3"], "several answers to one line are all printed", async () => {
   await using server = new PlainServer((text) => [`first: ${text}`, `second: ${text}`]);
   await using terminal = terminalOf(server);
   await terminal.shows(">>>");
@@ -303,7 +302,7 @@ programTest("several answers to one line are all printed", async () => {
   await terminal.shows(">>> hello", "first: hello", "second: hello", ">>>");
 });
 
-programTest("a person may think for longer than --timeout, but a server may not", async () => {
+peerTest(["python3"], "a person may think for longer than --timeout, but a server may not", async () => {
   await using server = new PlainServer((text) => text === "hello" ? echo(text) : []);
   await using terminal = terminalOf(server, ["--timeout", "50"]);
   await terminal.shows(">>>");
@@ -321,7 +320,7 @@ programTest("a person may think for longer than --timeout, but a server may not"
   ]);
 });
 
-programTest("an answer to a message ends its line on a terminal", async () => {
+peerTest(["python3"], "an answer to a message ends its line on a terminal", async () => {
   await using server = new PlainServer((text) => [text]);
   await using terminal = terminalOf(server, ["one", "two\n", "three"]);
   assertEquals(await terminal.ended(), { how: SANE, screen: ["one", "two", "three", ""] });
@@ -351,7 +350,7 @@ programTestIn(
   },
 );
 
-programTestIn("socat talks to server.ts --udp --unix", async (folder) => {
+peerTest(["socat"], "socat talks to server.ts --udp --unix", async (folder) => {
   const path = `${folder}/server.sock`;
   await using server = startScript("server.ts", ["--udp", "--unix", path], { permissions: folderPermissions(folder) });
   await server.printed(`on ${path}\n`);
