@@ -2104,6 +2104,12 @@ class Transport implements Watched {
 
 // --- Streams ----------------------------------------------------------------
 
+/** The array of a `pipeTo()` whose chunks are small; it grows as they fill it. */
+const MIN_PIPE_BYTES = 4_096;
+
+/** Larger arrays gain nothing over loopback. */
+const MAX_PIPE_BYTES = 65_536;
+
 /** The machinery of a stream, for its server. */
 let transportOf: (stream: SocketStream) => Transport;
 
@@ -2121,7 +2127,7 @@ let transportOf: (stream: SocketStream) => Transport;
  *
  * Read: `recv`, `read`, `readExactly`, `readUntil`, `readLine`, `lines`, `frames`, `peek`, `for await`. Write: `write`,
  * `flush`, `send`, `writeFrame`, `closeWrite`. Look: `localAddress`, `remoteAddress`, `bytesRead`, `bytesWritten`,
- * `bytesBuffered`, `under`. Set: `timeout`. Turn: `upgrade`.
+ * `bytesBuffered`, `under`. Set: `timeout`. Turn: `upgrade`. Pass on: `pipeTo`.
  *
  * @example
  * ```ts
@@ -2367,6 +2373,28 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
+   * Sends all that arrives on to `destination`, which may be this stream, until the peer ends its side; then ends
+   * `destination`'s with `closeWrite()`: Go's `io.Copy`. A proxy calls it in both directions. It takes one array, of
+   * 64 KiB at most.
+   *
+   * @returns Resolves to the count of bytes. Rejects as `read()` and `send()` do, and closes neither stream.
+   */
+  pipeTo(destination: SocketStream): Promise<number> {
+    return forgettable(this.#pipeTo(destination));
+  }
+
+  async #pipeTo(destination: SocketStream): Promise<number> {
+    let buffer = new Uint8Array(MIN_PIPE_BYTES);
+    let total = 0;
+    for (let count; (count = await this.read(buffer)) !== null; total += count) {
+      await destination.send(buffer.subarray(0, count));
+      if (count === buffer.length) buffer = new Uint8Array(Math.min(count * 4, MAX_PIPE_BYTES));
+    }
+    await destination.closeWrite();
+    return total;
+  }
+
+  /**
    * Goes on over another connection that `filter` makes of this one, in the middle of a conversation: STARTTLS. Written
    * data is sent first. Received bytes must be read before, because an attacker could have inserted them.
    *
@@ -2376,9 +2404,11 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * received bytes are unread, and leaves the stream as it was; with the filter's error if that fails, and closes the
    * stream.
    */
-  async upgrade(filter: ConnectionFilter, options: { handshakeTimeout?: number | undefined } = {}): Promise<void> {
-    const { handshakeTimeout } = resolveOptions({ handshakeTimeout: SERVER_DEFAULTS.handshakeTimeout }, options);
-    await this.#transport.upgrade(filter, handshakeTimeout);
+  upgrade(filter: ConnectionFilter, options: { handshakeTimeout?: number | undefined } = {}): Promise<void> {
+    return forgettable(Promise.try(() => {
+      const { handshakeTimeout } = resolveOptions({ handshakeTimeout: SERVER_DEFAULTS.handshakeTimeout }, options);
+      return this.#transport.upgrade(filter, handshakeTimeout);
+    }));
   }
 
   /**

@@ -23,6 +23,8 @@ const CALLS: [string, (stream: SocketStream) => Promise<unknown>][] = [
   ["peek()", (stream) => stream.peek(10)],
   ["lines()", (stream) => stream.lines().next()],
   ["frames()", (stream) => stream.frames().next()],
+  ["pipeTo()", (stream) => stream.pipeTo(stream)],
+  ["upgrade()", (stream) => stream.upgrade((conn) => conn)],
   ["for await", (stream) => stream[Symbol.asyncIterator]().next()],
 ];
 

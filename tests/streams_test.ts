@@ -4,6 +4,7 @@ import { IncompleteReadError, socketPair, SocketStream } from "../mod.ts";
 import { assert, assertEquals, assertRejects, assertStrictEquals } from "../deps.ts";
 import {
   assertSameBytes,
+  brokenPipe,
   bytesOf,
   concat,
   connectionReset,
@@ -276,6 +277,63 @@ Deno.test("readable.pipeTo(writable) is an echo that ends with its peer's side",
   assertSameBytes(concat(came), sent);
   ours.close();
   theirs.close();
+});
+
+Deno.test("pipeTo() of a stream to itself is an echo that ends with its peer's side, and counts the bytes", async () => {
+  const [ours, theirs] = socketPair();
+  const echoed = ours.pipeTo(ours);
+  const sent = pattern(500_000);
+  const sending = theirs.send(sent).then(() => theirs.closeWrite());
+  const came = await Array.fromAsync(theirs);
+  await sending;
+  assertSameBytes(concat(came), sent);
+  assertEquals(await echoed, sent.length);
+  ours.close();
+  theirs.close();
+});
+
+Deno.test("pipeTo() in both directions is a proxy: each side ends on its own", async () => {
+  const [client, front] = socketPair();
+  const [back, server] = socketPair();
+  const counts = Promise.all([front.pipeTo(back), back.pipeTo(front)]);
+  await client.send("question");
+  await client.closeWrite();
+  assertEquals(await Array.fromAsync(server, textOf), ["question"]);
+  await server.send("a long answer");
+  await server.closeWrite();
+  assertEquals(await Array.fromAsync(client, textOf), ["a long answer"]);
+  assertEquals(await counts, [8, 13]);
+  for (const stream of [client, front, back, server]) stream.close();
+});
+
+Deno.test("pipeTo() waits for a destination that does not read", async () => {
+  const [client, front] = socketPair();
+  const conn = new FakeConn().holdWrites();
+  const slow = new SocketStream(conn);
+  const piped = front.pipeTo(slow);
+  const sent = client.send(pattern(500_000));
+  assert(await isPending(sent));
+  conn.releaseWrites();
+  await sent;
+  await client.closeWrite();
+  assertEquals(await piped, 500_000);
+  for (const stream of [client, front, slow]) stream.close();
+});
+
+Deno.test("pipeTo() rejects with the error of either side, and closes neither", async () => {
+  const [client, front] = socketPair();
+  const conn = new FakeConn().failWrites(brokenPipe());
+  const gone = new SocketStream(conn);
+  const piped = front.pipeTo(gone);
+  await client.send("lost");
+  assert(await rejectionOf(piped) instanceof Deno.errors.BrokenPipe);
+  await client.send("and this is read");
+  assertEquals(textOf(await front.recv() ?? new Uint8Array()), "and this is read");
+  const busy = front.recv();
+  assert(await rejectionOf(front.pipeTo(gone)) instanceof Deno.errors.Busy);
+  await client.closeWrite();
+  assertEquals(await busy, null);
+  for (const stream of [client, front, gone]) stream.close();
 });
 
 Deno.test("a web stream can be piped to the peer", async () => {

@@ -46,7 +46,41 @@ function echoLean(conn: Deno.Conn): Promise<void> {
   });
 }
 
-const SERVICES: Record<string, (conn: Deno.Conn) => Promise<void>> = { echo, lines: echoLines, lean: echoLean };
+/** A connection with the two methods that a handler needs, and nothing that they would have to promise. */
+class PlainStream {
+  constructor(readonly conn: Deno.Conn) {}
+
+  async recv(): Promise<Uint8Array | null> {
+    const buffer = new Uint8Array(LEAN_BUFFER_BYTES);
+    const count = await this.conn.read(buffer);
+    return count === null ? null : buffer.subarray(0, count);
+  }
+
+  async send(data: Uint8Array): Promise<void> {
+    await writeAll(this.conn, data);
+  }
+}
+
+/** The plainest class that a handler can be. */
+class PlainHandler {
+  constructor(readonly request: PlainStream) {}
+
+  async handle(): Promise<void> {
+    for (let data; (data = await this.request.recv()) !== null;) await this.request.send(data);
+  }
+}
+
+async function echoPlain(conn: Deno.Conn): Promise<void> {
+  await new PlainHandler(new PlainStream(conn)).handle();
+  conn.close();
+}
+
+const SERVICES: Record<string, (conn: Deno.Conn) => Promise<void>> = {
+  echo,
+  lines: echoLines,
+  lean: echoLean,
+  class: echoPlain,
+};
 
 type Conn = Deno.TcpConn | Deno.UnixConn | Deno.TlsConn;
 

@@ -46,6 +46,12 @@ class Read extends StreamRequestHandler {
   }
 }
 
+class Pipe extends StreamRequestHandler {
+  override async handle() {
+    await this.request.pipeTo(this.request);
+  }
+}
+
 class ReadLine extends StreamRequestHandler {
   override async handle() {
     for (let line; (line = await this.request.readLine()) !== null;) await this.request.write(line + "\n");
@@ -88,6 +94,7 @@ const SERVICES: Record<string, [StreamRequestHandlerClass, ServerOptions?]> = {
   recv: [Recv],
   iterate: [Iterate],
   read: [Read],
+  pipe: [Pipe],
   readLine: [ReadLine],
   lines: [Lines],
   digest: [Digest],
