@@ -143,7 +143,7 @@ function print(...data: unknown[]): void {
   try {
     console.error(...data);
   } catch (error) {
-    if (errorCode(error) === "") throw error; // The code of what is printed has thrown.
+    if (errorCode(error) === "") throw error; // A getter of what is printed has thrown.
   }
 }
 
@@ -152,7 +152,7 @@ function messageOf(error: unknown): string {
   try {
     return printable(error instanceof Error ? error.message : String(error));
   } catch {
-    return "the thrown value cannot be printed"; // Its own code has thrown.
+    return "the thrown value cannot be printed"; // A getter of the thrown value has thrown.
   }
 }
 
@@ -162,7 +162,7 @@ function printError(what: string, error: unknown): void {
   try {
     print(format, isExhausted() ? messageOf(error) : printableError(error));
   } catch {
-    print(format, messageOf(error)); // Its own code has thrown.
+    print(format, messageOf(error)); // A getter of the thrown value has thrown.
   }
 }
 
@@ -382,7 +382,8 @@ export interface DialOptions extends StreamOptions, Pick<ServerOptions, "noDelay
    */
   tls?: boolean | ConnectTlsOptions | undefined;
   /**
-   * Filters that the connection passes, in order, before `tls`. They are part of the try.
+   * Filters that the connection passes, in order, before `tls`. They are part of the try. `tls` needs the bare
+   * connection: over a filter that wraps it, use `tlsClient()` of the extra as a filter.
    * @default {[]}
    */
   filters?: readonly ConnectionFilter[] | undefined;
@@ -502,13 +503,16 @@ function checkPort(port: unknown): void {
   throw new RangeError(`Port must be a whole number from 0 to 65535: it is ${Deno.inspect(port)}`);
 }
 
-/** Python's servers take a pair, and its handlers may be functions. */
-function checkServerArguments(address: unknown, Handler: unknown): void {
-  if (typeof address !== "object" || address === null || Array.isArray(address)) {
-    throw new TypeError(
-      `Address must be an object such as { hostname: "127.0.0.1", port: 8009 }: it is ${Deno.inspect(address)}`,
-    );
-  }
+/** Python's servers take a pair. */
+function checkAddress(address: unknown): void {
+  if (typeof address === "object" && address !== null && !Array.isArray(address)) return;
+  throw new TypeError(
+    `Address must be an object such as { hostname: "127.0.0.1", port: 8009 }: it is ${Deno.inspect(address)}`,
+  );
+}
+
+/** Python's handlers may be functions. */
+function checkHandler(Handler: unknown): void {
   if (typeof Handler === "function" && typeof Handler.prototype?.handle === "function") return;
   throw new TypeError(`Handler must be a class with a method handle(): it is ${Deno.inspect(Handler)}`);
 }
@@ -1232,6 +1236,7 @@ type Take<T, Argument> = (input: Input, argument: Argument, limit: number) => T 
 type Bytes = Uint8Array<ArrayBuffer>;
 
 function takeChunk(input: Input, maxBytes: number): Bytes | null | typeof MORE {
+  if (maxBytes < Infinity) input.want(maxBytes);
   if (input.length > 0) return input.take(Math.min(input.length, maxBytes));
   return input.ended ? null : MORE;
 }
@@ -1328,7 +1333,7 @@ export interface StreamConn {
   write(data: Uint8Array): Promise<number>;
   /** Ends the outgoing side. */
   closeWrite(): Promise<void>;
-  /** Ends both sides; pending calls reject. */
+  /** Ends both sides; pending calls reject. It may be called again, and what it throws is ignored. */
   close(): void;
 }
 
@@ -1649,9 +1654,9 @@ function flushAll(): void {
 
 // --- Transports -------------------------------------------------------------
 
-/** The wait of a stream's one reader. */
-interface PendingRead {
-  /** The call, as callers write it. */
+/** The one call that waits for input: a read, or `upgrade()`. */
+interface PendingCall {
+  /** Its name, as callers write it. */
   readonly call: string;
   /** Milliseconds that it may wait, which bytes that drip in do not prolong. */
   readonly timeout: number;
@@ -1667,7 +1672,7 @@ interface PendingRead {
 }
 
 /** A read that waits for more bytes. */
-class WaitingRead<T, Argument> implements PendingRead {
+class WaitingRead<T, Argument> implements PendingCall {
   readonly promise: Promise<T>;
   readonly #resolve: (answer: T) => void;
   readonly #reject: (error: unknown) => void;
@@ -1702,6 +1707,7 @@ class WaitingRead<T, Argument> implements PendingRead {
 
 /** The deadlines of a stream that has any. */
 class Watch {
+  /** For `maxLifetime`, with which the watch is made as the stream is. */
   readonly openedAt = performance.now();
   readonly traffic = new Standstill();
   readonly output = new Standstill();
@@ -1718,9 +1724,6 @@ const CLOSE_STALL_MS = 30_000;
 /** The message of a call on a stream that this program has closed. */
 const STREAM_IS_CLOSED = "The stream is closed";
 
-/** How a request ends by an error: the client vanished or ran into a deadline, or something else was thrown. */
-export type ErrorOutcome = "error" | "aborted" | "timedOut" | "handshakeFailed";
-
 /**
  * The machinery of one {@linkcode SocketStream}: buffers, the one reader, deadlines, the end. The stream is its face to
  * handlers; servers and timers use it directly.
@@ -1736,10 +1739,10 @@ class Transport implements Watched {
   session: { readonly signal: AbortSignal } | undefined;
   readonly #settings: StreamSettings;
   readonly #input = new Input();
-  /** Set if it differs from the settings': a number of its own costs an idle connection 16 bytes. */
+  /** Set once it was changed: a number in each stream costs an idle connection 16 bytes. */
   #timeout: number | undefined;
   #watch: Watch | undefined;
-  #pending: PendingRead | undefined;
+  #pending: PendingCall | undefined;
   /** Whether a `conn.read()` is under way. It cannot be cancelled, so it may outlive its reader. */
   #isFilling = false;
   /** The caller's array that `conn.read()` fills. */
@@ -1777,11 +1780,6 @@ class Transport implements Watched {
     return this.#pending?.call ?? (this.output.isIdle ? "handler" : "send()");
   }
 
-  /** Whether a deadline has closed it. */
-  get hasTimedOut(): boolean {
-    return this.#failure instanceof Deno.errors.TimedOut;
-  }
-
   get releases(): Releases {
     return this.#releases ??= new Releases();
   }
@@ -1789,11 +1787,6 @@ class Transport implements Watched {
   /** Whether a call of this very stream has rejected with `error`. */
   hasRaised(error: unknown): boolean {
     return error instanceof Error && (error === this.output.failure || this.#raised?.has(error) === true);
-  }
-
-  recv(maxBytes: number): Promise<Bytes | null> {
-    if (maxBytes < Infinity) this.#input.want(maxBytes);
-    return this.read("recv()", takeChunk, maxBytes);
   }
 
   /** The one place where reads begin. */
@@ -1829,10 +1822,10 @@ class Transport implements Watched {
     return new Deno.errors.Busy(`Cannot ${call}: ${this.#pending.call} waits on the same stream`);
   }
 
-  #wait(pending: PendingRead): void {
+  #wait(pending: PendingCall): void {
     this.#pending = pending;
-    this.output.flushGathered(); // It must be out before the handler waits for the answer to it.
-    this.#keepTimeout();
+    this.output.flushGathered(); // A question must leave before its answer is waited for.
+    this.#watchTimeout();
     if (this.#draining !== "no" && this.#endsHere(pending.startsMessage)) this.#end();
     else if (!this.#isFilling) this.#fill();
   }
@@ -1849,7 +1842,7 @@ class Transport implements Watched {
   }
 
   #readNow(): void {
-    // A read with a deadline may leave before its bytes come, which must not land in an array that is used otherwise.
+    // A read with a deadline may be over before its bytes come. They must not land in an array that is used again.
     if (this.#pending?.timeout === Infinity) this.#direct = this.#pending.into;
     try {
       this.conn.read(this.#direct ?? this.#input.room()).then(this.#onRead, this.#onReadFailure);
@@ -1911,15 +1904,11 @@ class Transport implements Watched {
   }
 
   write(data: Uint8Array | string): Promise<void> {
-    const refusal = this.#refusalOf("write()", data);
-    if (refusal !== undefined) return refusal;
-    return this.output.write(data, this.#settings.highWaterMark);
+    return this.#refusalOf("write()", data) ?? this.output.write(data, this.#settings.highWaterMark);
   }
 
   send(data: Uint8Array | string): Promise<void> {
-    const refusal = this.#refusalOf("send()", data);
-    if (refusal !== undefined) return refusal;
-    return this.output.send(data);
+    return this.#refusalOf("send()", data) ?? this.output.send(data);
   }
 
   #refusalOf(call: string, data: unknown): Promise<never> | undefined {
@@ -1927,19 +1916,19 @@ class Transport implements Watched {
     const mistake = checkData(call, data);
     if (mistake !== undefined) return rejection(mistake);
     this.owesAnswer = false;
-    this.#keepTimeout();
+    this.#watchTimeout();
     return undefined;
   }
 
   flush(): Promise<void> {
     if (this.#isClosed) return rejection(this.#closedError());
-    this.#keepTimeout();
+    this.#watchTimeout();
     return this.output.flush();
   }
 
   closeWrite(): Promise<void> {
     if (this.#isClosed) return rejection(this.#closedError());
-    this.#keepTimeout();
+    this.#watchTimeout();
     return this.output.closeWrite();
   }
 
@@ -1997,8 +1986,8 @@ class Transport implements Watched {
   }
 
   /**
-   * Ends reads that wait for a new message; those of clients that have not spoken, or wait for an answer, if it
-   * `isLate`.
+   * Ends a read that waits for a new message. A client that has not spoken yet, or that is owed an answer, is ended only
+   * if it `isLate`.
    */
   drain(isLate: boolean): void {
     if (!isLate && this.bytesRead === 0) return;
@@ -2023,9 +2012,11 @@ class Transport implements Watched {
     return this.#lingering = this.output.finish().catch(ignore).then(() => this.cut());
   }
 
-  /** An error that kept buffered bytes from leaving after `close()`. */
-  get unsent(): Error | undefined {
-    return this.#lingering && this.output.failure;
+  /** The outcome if the handler threw nothing: a deadline closed it, or its peer left before it took all bytes. */
+  get silentOutcome(): "aborted" | "timedOut" | undefined {
+    const unsent = this.#lingering && this.output.failure;
+    if ((this.#failure ?? unsent) instanceof Deno.errors.TimedOut) return "timedOut";
+    return unsent && "aborted";
   }
 
   /** Closes both sides now and drops buffered bytes; pending calls reject with `error`. */
@@ -2044,11 +2035,11 @@ class Transport implements Watched {
     this.#isClosed = true;
     turnstile.streams--;
     if (this.#pending === undefined) return;
-    this.#closedError();
+    this.#closedError(); // Sets `#failure`, with which the call rejects.
     if (this.#direct === undefined) this.#rejectPending();
   }
 
-  /** Made when it is asked for: an error costs as much as a message. */
+  /** Makes the error when it is needed, as that costs as much as a message; later calls reject with it, too. */
   #closedError(): Error {
     const failure = this.#failure instanceof Error ? this.#failure : new Deno.errors.BadResource(STREAM_IS_CLOSED);
     this.#noteRaised(this.#failure = failure);
@@ -2056,7 +2047,7 @@ class Transport implements Watched {
   }
 
   /** Makes sure that a read or a write that begins is watched. */
-  #keepTimeout(): void {
+  #watchTimeout(): void {
     if (this.timeout < (this.#watch?.shortest ?? Infinity)) this.#watchFor(this.timeout);
   }
 
@@ -2079,11 +2070,11 @@ class Transport implements Watched {
       const peer = formatAddress(this.conn.remoteAddr);
       this.#expire(`was closed because ${peer} took no byte for the timeout of ${this.timeout} ms`);
     }
-    this.#expireRead(now);
+    this.#expirePending(now);
     return watch.shortest = this.#shortestTime();
   }
 
-  #expireRead(now: number): void {
+  #expirePending(now: number): void {
     const pending = this.#pending;
     if (pending === undefined) return;
     if (pending.seenAt === UNSEEN) pending.seenAt = now;
@@ -2209,7 +2200,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
     if (!(maxBytes >= 1 && (Number.isInteger(maxBytes) || maxBytes === Infinity))) {
       return rejection(new RangeError(`Cannot recv(${maxBytes}): ask for a whole number of 1 or more, or Infinity`));
     }
-    return this.#transport.recv(maxBytes);
+    return this.#transport.read("recv()", takeChunk, maxBytes);
   }
 
   /**
@@ -2513,7 +2504,8 @@ export interface FilterContext {
  * the given one. Its `remoteAddr` says who the client is.
  *
  * A server closes the connection if a filter gives `null`, which refuses it quietly (`stats.refused`,
- * `handleRefuse()`), or throws, which is a failed handshake (`stats.handshakeFailures`, `handleError()`).
+ * `handleRefuse()`), or throws, which is a failed handshake (`stats.handshakeFailures`, `handleError()`). `connect()`
+ * rejects with `Deno.errors.ConnectionAborted`, or with what the filter has thrown.
  *
  * @example A server for one network
  * ```ts
@@ -3085,7 +3077,10 @@ const BUSY_READS = 64;
 
 /** Something that a server accepts from; a `Deno.Listener` is one. */
 export interface Listener<Arrival> {
-  /** Resolves to the next arrival; rejects with `Deno.errors.BadResource` once it is closed. */
+  /**
+   * Resolves to the next arrival; rejects with `Deno.errors.BadResource` once it is closed. {@linkcode acceptFailure}
+   * says what other errors do: a fatal one closes the server.
+   */
   accept(): Promise<Arrival>;
   /** Stops accepting; a pending `accept()` rejects. */
   close(): void | Promise<void>;
@@ -3233,6 +3228,12 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
  */
 export type Outcome = "finished" | "aborted" | "timedOut" | "error" | "rejected" | "cut";
 
+/**
+ * How a request ends by an error: `"aborted"` the client vanished, `"timedOut"` a deadline passed, `"handshakeFailed"` a
+ * filter threw, `"error"` anything else.
+ */
+export type ErrorOutcome = "aborted" | "timedOut" | "handshakeFailed" | "error";
+
 /** The bytes of a request. */
 export interface Traffic {
   /** Bytes that were received. */
@@ -3295,7 +3296,7 @@ abstract class Session<Request extends Traffic> {
 }
 
 /** A connection's session. */
-class StreamSession extends Session<SocketStream> {
+class StreamSession extends Session<SocketStream> implements Filtered {
   /** The accepted connection, and later the one that the filters make of it. */
   conn: StreamConn;
   readonly #settings: ServerSettings;
@@ -3316,9 +3317,7 @@ class StreamSession extends Session<SocketStream> {
   }
 
   override get silentOutcome(): "aborted" | "timedOut" | undefined {
-    const unsent = this.#transport?.unsent;
-    if (this.#transport?.hasTimedOut || unsent instanceof Deno.errors.TimedOut) return "timedOut";
-    return unsent && "aborted";
+    return this.#transport?.silentOutcome;
   }
 
   override open(): SocketStream | null | Promise<SocketStream | null> {
@@ -3327,8 +3326,7 @@ class StreamSession extends Session<SocketStream> {
     const controller = this.#handshake = new AbortController();
     const context = { signal: controller.signal, onEnd: (release: () => void) => this.releases.add(release) };
     const passed = runFilters(filters, this, context);
-    const waiting = asPromise(passed);
-    return waiting === undefined ? this.#makeRequest(passed === true) : this.#awaitFilters(waiting, controller);
+    return typeof passed === "boolean" ? this.#makeRequest(passed) : this.#awaitFilters(passed, controller);
   }
 
   async #awaitFilters(passed: Promise<boolean>, controller: AbortController): Promise<SocketStream | null> {
@@ -3377,11 +3375,14 @@ class StreamSession extends Session<SocketStream> {
 
 // --- Servers ----------------------------------------------------------------
 
-/** The time between two looks at which clients a shutdown can end; bytes that reached us already are read in it. */
+/** How often a shutdown looks for clients that it can end: long enough to read bytes that have arrived already. */
 const DRAIN_LOOK_MS = 50;
 
 /** Milliseconds that a newly accepted client has to send its first bytes during a shutdown. */
 const DRAIN_FIRST_WORD_MS = 500;
+
+/** Milliseconds that the backlog has to be served before the signals abort all the same. */
+const ABORT_AFTER_MS = 500;
 
 /** Milliseconds that handlers which were cut off have to run their `finish()`. */
 const UNWIND_MS = 200;
@@ -3399,9 +3400,9 @@ export interface ServerStats extends Traffic {
   readonly rejected: number;
   /** Requests whose peer vanished: reset, broken pipe, or the end inside of a message. */
   readonly aborted: number;
-  /** Requests that ended by a deadline. */
+  /** Requests that ended by a deadline, or whose peer the system has given up (`ETIMEDOUT`). */
   readonly timedOut: number;
-  /** Errors that handlers or hooks threw, besides those; one request may count twice. */
+  /** Errors that handlers or hooks threw, other than those of `aborted` and `timedOut`; one request may count twice. */
   readonly errors: number;
   /** Clients that left before they were accepted, and datagrams that could not be received. */
   readonly lost: number;
@@ -3447,7 +3448,7 @@ export interface ShutdownReport {
 }
 
 /** `"closed"`: all sessions are ended or cut off. */
-type Phase = "new" | "listening" | "draining" | "closed";
+type Phase = "open" | "draining" | "closed";
 
 /** The counter of each error's outcome. */
 const COUNTER_OF = {
@@ -3462,16 +3463,16 @@ const COUNTER_OF = {
  *
  * Call: `listen`, `serveForever`, `handleRequest`, `shutdown`, `close`. Read: `address`, `signal`, `stats`. Override:
  * `verifyRequest`, `processRequest`, `finishRequest`, `handleError`, `handleTimeout`, `serviceActions`,
- * `handleOverload`. A new kind of server extends {@linkcode StreamServer} or {@linkcode DatagramServer} and overrides
- * `listen`, which calls `adopt` or `adoptSocket`.
+ * `handleOverload`. The guide shows how to add a kind of server.
  */
 export abstract class BaseServer<Request extends Traffic, Address extends Deno.Addr = Deno.Addr, Arrival = unknown>
   implements AsyncDisposable {
   readonly #grace: number;
   readonly #maxSessions: number;
+  /** For datagrams: handlers answer by the listener until they are done, and what is too much is dropped. */
   readonly #keepsListener: boolean;
   readonly #controller = new AbortController();
-  /** In no order: each session knows its index. */
+  /** In no order, as each session knows its index: a map costs a tenth of the datagrams' rate. */
   readonly #sessions: Session<Request>[] = [];
   readonly #cutOff: Deno.Addr[] = [];
   readonly #counts = {
@@ -3490,14 +3491,14 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   };
   /** Sessions that ended by themselves since the shutdown began. */
   #finished = 0;
-  /** Nothing of the server is left. */
+  /** The shutdown is over; handlers that do not return may still run. */
   #isEnded = false;
-  #phase: Phase = "new";
+  #phase: Phase = "open";
   #address: Address | undefined;
   #acceptor: Acceptor<Arrival> | undefined;
   /** The call that serves; one at a time. */
   #serving: "serveForever()" | "handleRequest()" | undefined;
-  #draining: Promise<ShutdownReport> | undefined;
+  #shuttingDown: Promise<ShutdownReport> | undefined;
   #change: PromiseWithResolvers<void> | undefined;
   #overloadedAt = -Infinity;
   /** The backlog is served: what arrives now comes too late. */
@@ -3518,8 +3519,11 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    */
   abstract listen(): Address | Promise<Address>;
 
-  /** The session of an arrival, or the counter of those that are dropped. `isBusy`: `maxSessions` are open, or the server is about to close.
-   * @internal */
+  /**
+   * The session of an arrival, or the counter of those that are dropped. `isBusy`: `maxSessions` are open, or the server
+   * is about to close.
+   * @internal
+   */
   protected abstract newSession(arrival: Arrival, isBusy: boolean): Session<Request> | "lost" | "dropped";
 
   /** The bound address. Throws `TypeError` before `listen()`. */
@@ -3528,7 +3532,10 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     throw new TypeError("Cannot tell the address: the server does not listen yet, call listen()");
   }
 
-  /** Aborts during a shutdown, once the backlog is served or after 500 ms. A handler has its own, `this.signal`. */
+  /**
+   * Aborts during a shutdown, once the backlog is served or after 500 ms; `close()` aborts it at once. A handler has its
+   * own, `this.signal`.
+   */
   get signal(): AbortSignal {
     return this.#controller.signal;
   }
@@ -3587,7 +3594,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   /**
    * Ends the server in good order:
    *
-   * 1. It stops accepting; clients that wait in the kernel's backlog are still served.
+   * 1. It accepts the clients that wait in the kernel's backlog, and then no more.
    * 2. `signal` aborts.
    * 3. Handlers finish what they have begun. A read that would wait for a new message reads the end of the stream.
    *    Clients that have just connected get half a second to say their first word.
@@ -3616,7 +3623,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    */
   shutdown(options: { grace?: number | undefined } = {}): Promise<ShutdownReport> {
     const { grace } = resolveOptions({ grace: this.#grace }, options);
-    return this.#draining ??= this.#drain(grace);
+    return this.#shuttingDown ??= this.#drain(grace);
   }
 
   /**
@@ -3630,7 +3637,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     this.#acceptor?.close();
     this.#cutAll();
     this.#wake();
-    this.#draining ??= this.#drain(0);
+    this.#shuttingDown ??= this.#drain(0);
   }
 
   /** Shuts the server down, as `shutdown()` does: Python's `with server:`. */
@@ -3695,15 +3702,17 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    */
   protected abstract closeRequest(request: Request): void | Promise<void>;
 
-  /** To be called by `listen()`: accepts from `listener` from now on, and closes it in the end. Returns `address`. */
+  /**
+   * To be called by `listen()`: takes `listener` over. `serveForever()` and `handleRequest()` accept from it, and the end
+   * of the server closes it. Returns `address`.
+   */
   protected adopt(listener: Listener<Arrival>, address: Address): Address {
     if (this.#isClosing) {
-      closeQuietly(listener);
+      Promise.try(() => listener.close()).catch(ignore);
       throw closedServer();
     }
     const onLost = () => this.#counts.lost++;
     this.#acceptor = new Acceptor(listener, onLost, (error) => this.#noteOverload(error));
-    this.#phase = "listening";
     queueMicrotask(prepareForExhaustion);
     return this.#address = address;
   }
@@ -3714,22 +3723,30 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     return this.#address;
   }
 
-  /** Runs when a request is taken in.
-   * @internal */
+  /**
+   * Runs when a request is taken in.
+   * @internal
+   */
   protected noteOpen(_session: Session<Request>): void {}
 
-  /** Runs when a session is over, or cut off.
-   * @internal */
+  /**
+   * Runs when a session is over, or cut off.
+   * @internal
+   */
   protected noteClose(_session: Session<Request>): void {}
 
-  /** The sessions that were not cut off.
-   * @internal */
+  /**
+   * The sessions that were not cut off.
+   * @internal
+   */
   protected get openSessions(): Session<Request>[] {
     return this.#sessions.filter(({ isCut }) => !isCut);
   }
 
-  /** Runs a hook whose own error can only be printed; never rejects.
-   * @internal */
+  /**
+   * Runs a hook whose own error can only be printed; never rejects.
+   * @internal
+   */
   protected async runHook(name: string, hook: () => void | Promise<void>): Promise<void> {
     try {
       await hook();
@@ -3863,7 +3880,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
         if (session.request !== undefined) await told; // A failed filter must not keep its place while the hook runs.
       }
     } catch {
-      this.#counts.errors++; // The code of what was thrown has thrown.
+      this.#counts.errors++; // A getter of the thrown value has thrown.
       session.outcome = "error";
     }
     await this.#finish(session);
@@ -3898,7 +3915,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     session.cut();
   }
 
-  /** The one place where a session ends. */
+  /** The one place where a session leaves `#sessions`. */
   #leave(session: Session<Request>): void {
     const last = this.#sessions.pop();
     if (last !== undefined && last !== session) {
@@ -3913,11 +3930,11 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     if (session.outcome === "refused") this.#counts.refused++;
     if (this.#isClosing && !session.isCut) this.#finished++;
     addTraffic(this.#counts, session);
-    if (!session.isCut) this.#end(session);
+    if (!session.isCut) this.#release(session);
     this.#wake();
   }
 
-  #end(session: Session<Request>): void {
+  #release(session: Session<Request>): void {
     session.releases.callAll();
     this.noteClose(session);
   }
@@ -3935,13 +3952,13 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     const begun = performance.now();
     const left = () => Math.max(0, begun + grace - performance.now());
     if (this.#phase !== "closed") this.#phase = "draining";
-    const ending = this.#startEnding(begun);
+    const looking = this.#startDrainingIdle(begun);
     const stopped = this.#stopAccepting();
-    await settlesWithin(stopped, Math.min(DRAIN_FIRST_WORD_MS, left()));
+    await settlesWithin(stopped, Math.min(ABORT_AFTER_MS, left()));
     this.#abortSignal();
     await settlesWithin(stopped, left());
     await settlesWithin(this.#idle(), left());
-    clearInterval(ending);
+    clearInterval(looking);
     this.#phase = "closed";
     this.#cutAll();
     this.#wake();
@@ -3970,7 +3987,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   /** Ends clients that have nothing under way, now and again. */
-  #startEnding(begun: number): ReturnType<typeof setInterval> {
+  #startDrainingIdle(begun: number): ReturnType<typeof setInterval> {
     let reads = turnstile.reads;
     return setInterval(() => {
       // Bytes of busy clients may still wait for their turn to be read.
@@ -3997,7 +4014,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     const error = new Deno.errors.BadResource("The server has closed the connection");
     session.abort(error);
     session.cut(error);
-    this.#end(session);
+    this.#release(session);
   }
 
   #idle(): Promise<void> {
@@ -4041,6 +4058,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
 
   /** Keeps the options; nothing is opened. */
   protected constructor(Handler: StreamRequestHandlerClass, options: ServerOptions) {
+    checkHandler(Handler);
     const settings = resolveOptions(SERVER_DEFAULTS, options);
     super(settings.grace, settings.maxConnections);
     this.#Handler = Handler;
@@ -4061,7 +4079,10 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
     return connections.sort((one, other) => other.age - one.age);
   }
 
-  /** Makes the stream of a connection that has passed the filters. Override it to put something around every stream. */
+  /**
+   * Makes the stream of a connection that has passed the filters. Override it to put something around every connection,
+   * and call `super.getRequest()` with that: it keeps the server's options.
+   */
   getRequest(conn: StreamConn): SocketStream {
     return this.#made = new SocketStream(conn, this.#streamSettings);
   }
@@ -4126,7 +4147,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
   protected override noteClose(session: Session<SocketStream>): void {
     const { request, outcome, clientAddress, since, bytesRead, bytesWritten } = session;
     if (outcome === "refused") this.runHook("handleRefuse", () => this.handleRefuse(clientAddress));
-    if (request === undefined || outcome === "refused" || outcome === "handshakeFailed") return;
+    if (request === undefined || outcome === "refused" || outcome === "handshakeFailed") return; // It has no request.
     if (this.handleClose === StreamServer.prototype.handleClose) return;
     const report = { outcome, duration: performance.now() - since, bytesRead, bytesWritten };
     this.runHook("handleClose", () => this.handleClose(report, clientAddress));
@@ -4210,7 +4231,7 @@ export class TcpServer extends StreamServer<Deno.NetAddr> {
 
   /** Makes a server; nothing is opened yet. Throws `RangeError` or `TypeError` for a wrong option. */
   constructor(address: TcpServerAddress, Handler: StreamRequestHandlerClass, options: ServerOptions = {}) {
-    checkServerArguments(address, Handler);
+    checkAddress(address);
     super(Handler, options);
     const wanted = resolveOptions(TCP_DEFAULTS, address);
     this.#wanted = { ...wanted, hostname: checkHostname(wanted.hostname) };
@@ -4429,7 +4450,7 @@ export class UnixServer extends StreamServer<Deno.UnixAddr> {
 
   /** Makes a server; nothing is opened yet. Throws `RangeError` or `TypeError` for a wrong option. */
   constructor(address: UnixServerAddress, Handler: StreamRequestHandlerClass, options: ServerOptions = {}) {
-    checkServerArguments(address, Handler);
+    checkAddress(address);
     super(Handler, options);
     this.#file = new SocketFile(address);
   }
@@ -4592,6 +4613,7 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr>
 
   /** Keeps the options; nothing is opened. */
   protected constructor(Handler: DatagramRequestHandlerClass, options: DatagramServerOptions) {
+    checkHandler(Handler);
     const { maxConcurrent, grace } = resolveOptions(DATAGRAM_SERVER_DEFAULTS, options);
     super(grace, maxConcurrent, true);
     this.#Handler = Handler;
@@ -4611,7 +4633,10 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr>
     else return super.handleError(error, clientAddress, outcome);
   }
 
-  /** To be called by `listen()`: receives from `socket` from now on, and closes it in the end. Returns `address`. */
+  /**
+   * To be called by `listen()`: takes `socket` over. `serveForever()` and `handleRequest()` receive from it, and the end
+   * of the server closes it. Returns `address`.
+   */
   protected adoptSocket(socket: DatagramSocket, address: Address): Address {
     const bound = this.adopt({
       accept: () => socket.receive(this.#room()),
@@ -4688,7 +4713,7 @@ export class UdpServer extends DatagramServer<Deno.NetAddr> {
 
   /** Makes a server; nothing is opened yet. Throws `RangeError` or `TypeError` for a wrong option. */
   constructor(address: UdpServerAddress, Handler: DatagramRequestHandlerClass, options: DatagramServerOptions = {}) {
-    checkServerArguments(address, Handler);
+    checkAddress(address);
     super(Handler, options);
     const { hostname, port } = resolveOptions({ hostname: "127.0.0.1", port: 0 }, address);
     this.#wanted = { hostname: checkHostname(hostname), port };
@@ -4720,7 +4745,7 @@ export class UnixDatagramServer extends DatagramServer<Deno.UnixAddr> {
 
   /** Makes a server; nothing is opened yet. Throws `RangeError` or `TypeError` for a wrong option. */
   constructor(address: UnixServerAddress, Handler: DatagramRequestHandlerClass, options: DatagramServerOptions = {}) {
-    checkServerArguments(address, Handler);
+    checkAddress(address);
     super(Handler, options);
     this.#file = new SocketFile(address);
   }

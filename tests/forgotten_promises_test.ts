@@ -29,7 +29,7 @@ const CALLS: [string, (stream: SocketStream) => Promise<unknown>][] = [
 ];
 
 for (const [name, call] of CALLS) {
-  Deno.test(`a ${name} that nobody awaits may fail in its first part, in its second, and by close()`, async () => {
+  Deno.test(`${name} that nobody awaits may fail in its first part, in its second, and by close()`, async () => {
     for (const takes of [0, 3]) {
       const conn = new FakeConn().holdWrites();
       conn.takes = () => takes === 0 ? Infinity : takes;

@@ -1,7 +1,7 @@
 /**
  * The mistakes of a program that uses mod.ts, and the sentence that answers each:
  * what was wrong, and what to do. Those of the two scripts' users are in
- * script_errors_test.ts; the faults of peers and of the system are in the tests of
+ * scripts/errors_test.ts; the faults of peers and of the system are in the tests of
  * each section.
  */
 
@@ -13,6 +13,7 @@ import {
   type ServerOptions,
   socketPair,
   type SocketStream,
+  StreamServer,
   TcpServer,
   type TcpServerAddress,
   UdpServer,
@@ -128,6 +129,18 @@ const MISTAKES: [string, () => unknown, Kind, string][] = [
     () => Reflect.construct(TcpServer, [{ port: 0 }, {}]),
     TypeError,
     "Handler must be a class with a method handle(): it is {}",
+  ],
+  [
+    "a function in place of a handler class, in a kind of server of one's own",
+    () =>
+      Reflect.construct(
+        class extends StreamServer {
+          override listen = () => this.address;
+        },
+        [() => {}, {}],
+      ),
+    TypeError,
+    "Handler must be a class with a method handle(): it is [Function (anonymous)]",
   ],
   [
     "no path",

@@ -1,7 +1,7 @@
 /** `close()`: the end of a server now. */
 
 import { assert, assertEquals, fail } from "../deps.ts";
-import { type ConnectionReport, StreamRequestHandler, TcpServer } from "../mod.ts";
+import { type ConnectionReport, StreamRequestHandler, StreamServer, TcpServer } from "../mod.ts";
 import { FakeTcpConn } from "./fake_conn.ts";
 import { withFakeTime } from "./fake_time.ts";
 import { onStage } from "./stage.ts";
@@ -78,6 +78,22 @@ Deno.test("a server that was closed while it was about to listen closes the list
   }
   await new Late(fake).serveForever();
   assert(fake.closed);
+});
+
+Deno.test("a listener whose close() rejects when the server was closed meanwhile ends nothing", async () => {
+  class Stubborn extends StreamServer<Deno.NetAddr> {
+    override listen(): Deno.NetAddr {
+      const accept = () => Promise.reject(new Error("never called"));
+      const close = () => Promise.reject(new Error("a late close"));
+      this.close();
+      return this.adopt({ accept, close }, { transport: "tcp", hostname: "127.0.0.1", port: 1 });
+    }
+
+    constructor() {
+      super(Echo, {});
+    }
+  }
+  await new Stubborn().serveForever();
 });
 
 /** The hook in which the server closes itself, and what still runs after it. */

@@ -216,7 +216,7 @@ function over(transport: Transport, theirs = transport): Contender[] {
 }
 
 function datagrams(): Work {
-  const [bare, reusing, copying] = [
+  const [bare, copying, reusing] = [
     contender(BARE, "udp"),
     contender(BARE, "udp, one array, copied", { name: "one array, copied" }),
     contender(BARE, "udp, one array", { name: "one array" }),
