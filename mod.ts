@@ -2454,15 +2454,9 @@ class Iteration<T, Argument> implements AsyncIterableIterator<T, undefined> {
     readonly argument: Argument,
   ) {}
 
-  readonly #takeResult: Take<IteratorResult<T, undefined>, Argument> = (input, argument, limit) => {
-    const value = this.take(input, argument, limit);
-    if (value === MORE) return MORE;
-    return value === null ? { done: true, value: undefined } : { done: false, value };
-  };
-
   next(): Promise<IteratorResult<T, undefined>> {
     if (this.#isOver) return Promise.resolve({ done: true, value: undefined });
-    return this.transport.read(this.call, this.#takeResult, this.argument);
+    return this.transport.read<IteratorResult<T, undefined>, this>(this.call, takeResult, this);
   }
 
   return(): Promise<IteratorResult<T, undefined>> {
@@ -2473,6 +2467,16 @@ class Iteration<T, Argument> implements AsyncIterableIterator<T, undefined> {
   [Symbol.asyncIterator](): this {
     return this;
   }
+}
+
+function takeResult<T, Argument>(
+  input: Input,
+  { take, argument }: Iteration<T, Argument>,
+  limit: number,
+): IteratorResult<T, undefined> | typeof MORE {
+  const value = take(input, argument, limit);
+  if (value === MORE) return MORE;
+  return value === null ? { done: true, value: undefined } : { done: false, value };
 }
 
 function encodeFrameLength(length: number, { lengthBytes, littleEndian }: FrameFormat): Uint8Array {

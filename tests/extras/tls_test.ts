@@ -42,6 +42,34 @@ tlsTest("messages of every size around those of records and arrays come back who
   });
 });
 
+tlsTest("a hundred small messages are read into one array", async (certificates) => {
+  const arrays = new Set<ArrayBufferLike>();
+  /** Notes the arrays that are read into. */
+  const noting: ConnectionFilter = (conn) => ({
+    localAddr: conn.localAddr,
+    remoteAddr: conn.remoteAddr,
+    under: conn,
+    read: (into) => {
+      arrays.add(into.buffer);
+      return conn.read(into);
+    },
+    write: (data) => conn.write(data),
+    closeWrite: () => conn.closeWrite(),
+    close: () => conn.close(),
+  });
+  await serving(certificates, Echo, async (_server, port) => {
+    await using client = await dial(certificates, port);
+    await client.send("a");
+    await client.readExactly(1);
+    const { size } = arrays;
+    for (let count = 0; count < 100; count++) {
+      await client.send("b");
+      await client.readExactly(1);
+    }
+    assertEquals(arrays.size, size);
+  }, { filters: [noting] });
+});
+
 tlsTest("every way of reading and writing works over TLS", async (certificates) => {
   await serving(certificates, Echo, async (_server, port) => {
     await using client = await dial(certificates, port);
