@@ -1,7 +1,7 @@
-/** Servers of Unix datagrams, their files, and their clients. */
+/** Servers of Unix datagrams, and their clients. The servers' files are in socket_files_test.ts. */
 
 import { assert, assertEquals, assertMatch, assertRejects } from "../deps.ts";
-import { DatagramClient, type DatagramServer, UnixDatagramServer } from "../mod.ts";
+import { DatagramClient, UnixDatagramServer } from "../mod.ts";
 import {
   ask,
   assertServes,
@@ -24,13 +24,6 @@ function exists(path: string): boolean {
   } catch {
     return false; // Whatever it is, it is not there.
   }
-}
-
-/** Leaves a socket file that nobody answers on, as a killed server does. */
-function leaveStaleSocket(path: string): void {
-  const socket = Deno.listenDatagram({ transport: "unixpacket", path: `${path}.moved` });
-  Deno.renameSync(`${path}.moved`, path); // So that closing does not remove it.
-  socket.close();
 }
 
 // --- Requests and replies ----------------------------------------------------------
@@ -197,7 +190,7 @@ unixTest("a Unix reply that the end of the server overtakes still settles", asyn
 
 // --- The server's file -------------------------------------------------------------
 
-unixTest("UnixDatagramServer removes its file when it ends, and its client its own", async (folder) => {
+unixTest("a Unix client removes its file when it is closed", async (folder) => {
   const path = `${folder}/server.sock`;
   const localPath = `${folder}/client.sock`;
   await withServer(new UnixDatagramServer({ path }, EchoDatagram), async (server, address, dial) => {
@@ -209,90 +202,6 @@ unixTest("UnixDatagramServer removes its file when it ends, and its client its o
     assert(!exists(localPath));
   });
   assert(!exists(path));
-});
-
-unixTest("UnixDatagramServer removes its file when it is closed, and when it never served", async (folder) => {
-  const path = `${folder}/server.sock`;
-  const server = new UnixDatagramServer({ path }, EchoDatagram);
-  await server.listen();
-  server.close();
-  await server.serveForever();
-  assert(!exists(path));
-});
-
-unixTest(
-  "UnixDatagramServer.listen() gives the same address until the server ends, and then rejects",
-  async (folder) => {
-    const path = `${folder}/echo.sock`;
-    const server = new UnixDatagramServer({ path }, EchoDatagram);
-    const address = await server.listen();
-    assertEquals(await Promise.all([server.listen(), server.listen()]), [address, address]);
-    await server.shutdown();
-    await assertRejects(async () => await server.listen(), TypeError);
-    assert(!exists(path));
-  },
-);
-
-unixTest("UnixDatagramServer replaces a socket file that nobody answers on", async (folder) => {
-  const path = `${folder}/server.sock`;
-  leaveStaleSocket(path);
-  assert(exists(path));
-  await withServer(new UnixDatagramServer({ path }, EchoDatagram), () => assertServes(path));
-});
-
-unixTest("UnixDatagramServer leaves a server that is alive alone", async (folder) => {
-  const path = `${folder}/server.sock`;
-  await withServer(new UnixDatagramServer({ path }, EchoDatagram), async () => {
-    const error = await rejectionOf(new UnixDatagramServer({ path }, EchoDatagram).serveForever());
-    assert(error instanceof Deno.errors.AddrInUse);
-    assertMatch(error.message, /server\.sock: address already in use; stop the program/);
-    await assertServes(path);
-  });
-});
-
-unixTest("UnixDatagramServer leaves a file alone that is no socket, and can be tried again", async (folder) => {
-  const path = `${folder}/server.sock`;
-  Deno.writeTextFileSync(path, "precious");
-  const server = new UnixDatagramServer({ path }, EchoDatagram);
-  await assertRejects(() => server.serveForever(), Deno.errors.AddrInUse);
-  assertEquals(Deno.readTextFileSync(path), "precious");
-  Deno.removeSync(path);
-  await withServer(server, () => assertServes(path));
-});
-
-unixTest("UnixDatagramServer gives its file the mode", async (folder) => {
-  const path = `${folder}/server.sock`;
-  await using server = new UnixDatagramServer({ path, mode: 0o600 }, EchoDatagram);
-  await server.listen();
-  assertEquals((Deno.lstatSync(path).mode ?? 0) & 0o777, 0o600);
-});
-
-unixTest("UnixDatagramServer does not remove a file that has become another's", async (folder) => {
-  const path = `${folder}/server.sock`;
-  const first = new UnixDatagramServer({ path }, EchoDatagram);
-  await first.listen();
-  const serving = first.serveForever();
-  Deno.removeSync(path);
-  await withServer(new UnixDatagramServer({ path }, EchoDatagram), async () => {
-    await first.shutdown();
-    await serving;
-    await assertServes(path);
-  });
-  assertEquals([...Deno.readDirSync(folder)].length, 0);
-});
-
-unixTest("UnixDatagramServer's successor may listen as soon as it is closed", async (folder) => {
-  const path = `${folder}/server.sock`;
-  for (let round = 0; round < 5; round++) {
-    const first: DatagramServer<Deno.UnixAddr> = new UnixDatagramServer({ path }, EchoDatagram);
-    await first.listen();
-    const served = first.serveForever();
-    first.close();
-    await withServer(new UnixDatagramServer({ path }, EchoDatagram), async () => {
-      await served;
-      await assertServes(path);
-    });
-  }
 });
 
 Deno.test("UnixDatagramServer without the permissions names the least flags", {

@@ -1,42 +1,16 @@
 /** NativeTlsServer: the runtime's own TLS. */
 
 import { assert, assertEquals, assertMatch, assertThrows } from "../../deps.ts";
-import { connect, perHost, type ServerOptions, type StreamRequestHandlerClass } from "../../mod.ts";
+import { connect, perHost } from "../../mod.ts";
 import { NativeTlsServer, tlsSessionOf } from "../../extras/tls.ts";
-import type { Certificates } from "../certificates.ts";
 import { pattern } from "../fake_conn.ts";
 import { Peer, Program } from "../programs.ts";
 import { Echo, rejectionOf, until } from "../testing.ts";
-import { dial, pythonClient, tlsTest, Watched } from "./tls_peers.ts";
-
-class QuietServer extends NativeTlsServer {
-  readonly errors: Error[] = [];
-
-  override handleError(error: unknown) {
-    if (error instanceof Error) this.errors.push(error);
-  }
-}
-
-async function serving(
-  { server: { cert, key } }: Certificates,
-  Handler: StreamRequestHandlerClass,
-  test: (server: QuietServer, port: number) => Promise<void>,
-  options: ServerOptions = {},
-): Promise<void> {
-  const server = new QuietServer({ port: 0, cert, key }, Handler, options);
-  const { port } = server.listen();
-  const over = server.serveForever();
-  try {
-    await test(server, port);
-  } finally {
-    await server.shutdown();
-    await over;
-  }
-}
+import { dial, pythonClient, QuietNativeServer, servingNatively, tlsTest, Watched } from "./tls_peers.ts";
 
 tlsTest("a native server serves the runtime's clients and those of the filter", async (certificates) => {
   Watched.forget();
-  await serving(certificates, Watched, async (server, port) => {
+  await servingNatively(certificates, Watched, async (server, port) => {
     const caCerts = [certificates.ca.cert];
     const dials = [connect({ port, tls: { caCerts, serverName: "localhost" } }), dial(certificates, port)];
     for (const dialled of dials) {
@@ -57,7 +31,7 @@ tlsTest("a native server serves the runtime's clients and those of the filter", 
 
 tlsTest("an end without a close_notify is an end, and can be answered", async (certificates) => {
   Watched.forget();
-  await serving(certificates, Watched, async (server, port) => {
+  await servingNatively(certificates, Watched, async (server, port) => {
     const python = `${pythonClient(port)}
 tls.sendall(b"hello")
 print(tls.recv(5).decode())
@@ -73,25 +47,10 @@ print(rest.decode(), end="")`;
   });
 }, "python3");
 
-tlsTest("a reset is reported as on a plain connection", async (certificates) => {
-  Watched.forget();
-  await serving(certificates, Watched, async (server, port) => {
-    const python = `${pythonClient(port)}
-tls.sendall(b"hello")
-tls.recv(5)
-tls.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-tls.close()`;
-    await using program = Program.start("python3", ["-c", python]);
-    assertEquals((await program.ended()).code, 0);
-    await until(() => server.stats.active === 0 && Watched.ends.length === 1);
-    assertEquals(Watched.ends, ["ConnectionReset"]);
-  });
-}, "python3");
-
 tlsTest(
   "peers that stall, speak HTTP, leave or distrust it hold nobody up and are told apart",
   async (certificates) => {
-    await serving(certificates, Echo, async (server, port) => {
+    await servingNatively(certificates, Echo, async (server, port) => {
       using _stalled = await Peer.connect(port);
       using http = await Peer.connect(port);
       await http.send("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n");
@@ -123,7 +82,7 @@ tlsTest(
 );
 
 tlsTest("filters of a native server run behind its handshake", async (certificates) => {
-  await serving(certificates, Echo, async (server, port) => {
+  await servingNatively(certificates, Echo, async (server, port) => {
     using _stalled = await Peer.connect(port);
     await using client = await dial(certificates, port);
     await client.send("hello\n");
@@ -149,7 +108,7 @@ tlsTest("a native server listens once, says where, and gives the port back", asy
 
 tlsTest("a shutdown of a native server ends a client that waits, and cuts a handshake", async (certificates) => {
   const { cert, key } = certificates.server;
-  const server = new QuietServer({ port: 0, cert, key }, Echo, { handshakeTimeout: 60_000 });
+  const server = new QuietNativeServer({ port: 0, cert, key }, Echo, { handshakeTimeout: 60_000 });
   const { port } = server.listen();
   const over = server.serveForever();
   await using client = await dial(certificates, port);

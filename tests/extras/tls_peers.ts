@@ -5,9 +5,10 @@
  * @module
  */
 
-import { connect, type ServerOptions, type SocketStream, StreamRequestHandler } from "../../mod.ts";
+import { connect, type ServerOptions, type SocketStream, StreamRequestHandler, type TcpServer } from "../../mod.ts";
 import type { StreamRequestHandlerClass } from "../../mod.ts";
-import { tlsClient, type TlsClientOptions, TlsServer, type TlsServerAddress, tlsSessionOf } from "../../extras/tls.ts";
+import { NativeTlsServer, tlsClient, type TlsClientOptions, TlsServer, tlsSessionOf } from "../../extras/tls.ts";
+import type { TlsServerAddress } from "../../extras/tls.ts";
 import { type Certificates, withCertificates } from "../certificates.ts";
 import { peerTest } from "../testing.ts";
 
@@ -33,14 +34,39 @@ export class QuietTlsServer extends TlsServer {
   }
 }
 
+/** The same with the runtime's TLS. */
+export class QuietNativeServer extends NativeTlsServer {
+  readonly errors: Error[] = [];
+
+  override handleError(error: unknown) {
+    if (error instanceof Error) this.errors.push(error);
+  }
+}
+
 /** Serves until `test` is over. */
-export async function serving(
+export function serving(
   { server: { cert, key } }: Certificates,
   Handler: StreamRequestHandlerClass,
   test: (server: QuietTlsServer, port: number) => Promise<void>,
   { address = {}, ...options }: Setup = {},
 ): Promise<void> {
-  const server = new QuietTlsServer({ port: 0, cert, key, ...address }, Handler, options);
+  return running(new QuietTlsServer({ port: 0, cert, key, ...address }, Handler, options), test);
+}
+
+/** The same with a server of the runtime's TLS. */
+export function servingNatively(
+  { server: { cert, key } }: Certificates,
+  Handler: StreamRequestHandlerClass,
+  test: (server: QuietNativeServer, port: number) => Promise<void>,
+  options: ServerOptions = {},
+): Promise<void> {
+  return running(new QuietNativeServer({ port: 0, cert, key }, Handler, options), test);
+}
+
+async function running<Server extends TcpServer>(
+  server: Server,
+  test: (server: Server, port: number) => Promise<void>,
+): Promise<void> {
   const { port } = server.listen();
   const over = server.serveForever();
   try {

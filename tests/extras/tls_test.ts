@@ -8,7 +8,7 @@ import type { Certificates } from "../certificates.ts";
 import { brokenPipe, isPending, pattern } from "../fake_conn.ts";
 import { Program } from "../programs.ts";
 import { Echo, rejectionOf, until } from "../testing.ts";
-import { dial, pythonClient, serving, tlsTest, Watched } from "./tls_peers.ts";
+import { dial, pythonClient, serving, servingNatively, tlsTest, Watched } from "./tls_peers.ts";
 
 const encode = (text: string) => new TextEncoder().encode(text);
 
@@ -244,20 +244,22 @@ tlsTest("a short timeout behind a long handshakeTimeout is kept in its own time"
   assert(await took.promise < 60_000); // A part of the handshake's would be three minutes.
 });
 
-tlsTest("a reset is reported as on a plain connection", async (certificates) => {
-  Watched.forget();
-  await serving(certificates, Watched, async (server, port) => {
-    const python = `${pythonClient(port)}
+for (const [serve, whose] of [[serving, "the filter's"], [servingNatively, "the runtime's"]] as const) {
+  tlsTest(`a reset is reported as on a plain connection, with ${whose} TLS`, async (certificates) => {
+    Watched.forget();
+    await serve(certificates, Watched, async (server, port) => {
+      const python = `${pythonClient(port)}
 tls.sendall(b"hello")
 tls.recv(5)
 tls.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 tls.close()`;
-    await using program = Program.start("python3", ["-c", python]);
-    assertEquals((await program.ended()).code, 0);
-    await until(() => Watched.ends.length === 1 && server.stats.active === 0);
-    assertEquals(Watched.ends, ["ConnectionReset"]);
-  });
-}, "python3");
+      await using program = Program.start("python3", ["-c", python]);
+      assertEquals((await program.ended()).code, 0);
+      await until(() => Watched.ends.length === 1 && server.stats.active === 0);
+      assertEquals(Watched.ends, ["ConnectionReset"]);
+    });
+  }, "python3");
+}
 
 /** Two ways to leave: with a close_notify, and by only ending the TCP connection's side. */
 const WAYS_TO_LEAVE = {
