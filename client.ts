@@ -20,13 +20,10 @@ async function converse(server: Server, lines: Lines, print: Print, prompt?: Pro
     }
   } finally {
     await server.end();
-    if (prompt !== undefined) setTimeout(() => Deno.exit(0), PARTING_MS);
+    if (prompt !== undefined) setTimeout(() => Deno.exit(0), 1_000); // A person who has ended waits no longer.
     await hearing; // All that came is printed first. Why nothing comes says more than that a line could not be sent.
   }
 }
-
-/** How long a person who has ended waits for the last answer. */
-const PARTING_MS = 1_000;
 
 /** The server, which is heard while lines are sent to it. */
 class Server {
@@ -65,6 +62,8 @@ class Server {
   async hear(print: Print): Promise<void> {
     try {
       for (let data; (data = await this.#recv()) !== null; this.#wake()) {
+        const isTlsAlert = data.length === 7 && data[0] === 0x15 && data[1] === 3; // RFC 8446, 5.1 and 6.
+        if (isTlsAlert && this.#isAsked) throw new Error("the server speaks TLS; run again with --tls");
         this.#isAsked = false;
         await print(data);
       }

@@ -3,7 +3,7 @@
 export { deepStrictEqual as assertEquals, fail, match as assertMatch, ok as assert } from "node:assert/strict";
 export { notDeepStrictEqual as assertNotEquals, rejects as assertRejects } from "node:assert/strict";
 export { strictEqual as assertStrictEquals, throws as assertThrows } from "node:assert/strict";
-export { parseArgs } from "node:util";
+import { parseArgs, type ParseArgsConfig } from "node:util";
 
 /** A mistake in the command line; its message is one sentence. */
 export class UsageError extends Error {}
@@ -12,25 +12,24 @@ export class UsageError extends Error {}
 export type FlagTable<Flag extends string> = readonly (readonly [flag: Flag, value: string, help: string])[];
 
 /** The values of the flags in `args`, "" for one that takes none, and the other arguments. */
-function parseFlags<Flag extends string>(args: readonly string[], table: FlagTable<Flag>) {
+function parseFlags<Flag extends string>(args: string[], table: FlagTable<Flag>) {
+  const kinds = table.map(([flag, value]) => [flag, { type: value === "" ? "boolean" : "string" }] as const);
+  const options: ParseArgsConfig["options"] = { ...Object.fromEntries(kinds), help: { type: "boolean", short: "h" } };
   const flags = new Map<Flag, string>();
-  const others: string[] = [];
-  const rest = [...args];
-  for (let arg; (arg = rest.shift()) !== undefined && arg !== "--";) {
-    const [isDashed, name, assigned] = /^-(?:-([^=]+)(?:=(.*))?|.+)$/s.exec(arg) ?? [];
-    const [flag, placeholder] = table.find(([flag]) => flag === name) ?? [];
-    if (isDashed === undefined) {
-      others.push(arg);
-      continue;
+  try {
+    const { values, positionals } = parseArgs({ args, options, allowPositionals: true });
+    for (const [flag, placeholder] of table) {
+      const value = values[flag];
+      if (value === "") throw new UsageError(`--${flag} needs a value, ${placeholder}`);
+      if (value !== undefined) flags.set(flag, value === true ? "" : String(value));
     }
-    if (flag === undefined) throw new UsageError(`unknown flag ${arg}`);
-    const value = assigned ?? (placeholder && !rest[0]?.startsWith("--") ? rest.shift() : "");
-    if (!placeholder === Boolean(value)) {
-      throw new UsageError(`--${name} ${placeholder ? `needs a value, ${placeholder}` : "takes no value"}`);
-    }
-    flags.set(flag, value ?? "");
+    return { flags, others: positionals };
+  } catch (error) {
+    if (!(error instanceof TypeError)) throw error;
+    const [sentence = ""] = error.message.split(/\.?\n|\. /);
+    const plain = sentence.replace("is ambiguous", "is missing, or begins with a dash");
+    throw new UsageError(plain.charAt(0).toLowerCase() + plain.slice(1));
   }
-  return { flags, others: [...others, ...rest] };
 }
 
 /** The whole number that `text` is, or `Infinity` where there is no `most`. */

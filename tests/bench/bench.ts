@@ -6,7 +6,7 @@
  */
 
 import os from "node:os";
-import { parseArgs } from "../../deps.ts";
+import { parseArgs } from "node:util";
 import { Kit } from "./kit.ts";
 import { type Effort, runStartUp, runWork, START_UP } from "./measure.ts";
 import { plot, type Series } from "./plot.ts";

@@ -161,6 +161,7 @@ programTest("what the server says behind the half-close is printed", async () =>
 
 const TOLD = [
   { flag: "--help", told: /^Sends what .*\nUsage: .*--hostname HOST.*--port PORT.*--unix PATH/s },
+  { flag: "-h", told: /^Sends what .*\nUsage: / },
   { flag: "--version", told: /^client\.ts \d+\.\d+\.\d+\n$/ },
 ];
 

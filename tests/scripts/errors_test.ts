@@ -9,23 +9,24 @@ type Script = "server.ts" | "client.ts";
 /** Wrong command lines and all that is said of them; a `{...}` stands for what {@linkcode withPlaces} has made. */
 const MISUSES: Record<Script, [args: string[], sentence: string][]> = {
   "server.ts": [
-    [["--nope"], "unknown flag --nope"],
-    [["--host", "x"], "unknown flag --host"],
-    [["-q"], "unknown flag -q"],
+    [["--nope"], "unknown option '--nope'"],
+    [["--host", "x"], "unknown option '--host'"],
+    [["-q"], "unknown option '-q'"],
     [["8009"], "unexpected argument 8009"],
     [["--", "--quiet"], "unexpected argument --quiet"],
-    [["--quiet=yes"], "--quiet takes no value"],
-    [["--port"], "--port needs a value, PORT"],
-    [["--unix", "--quiet"], "--unix needs a value, PATH"],
+    [["--quiet=yes"], "option '--quiet' does not take an argument"],
+    [["--port"], "option '--port <value>' argument missing"],
+    [["--unix", "--quiet"], "option '--unix' argument is missing, or begins with a dash"],
     [["--unix", ""], "--unix needs a value, PATH"],
     [["--hostname="], "--hostname needs a value, HOST"],
-    ...["http", "-1", "1e3", "65536", "Infinity"].map((value): [string[], string] => [
+    ...["http", "1e3", "65536", "Infinity"].map((value): [string[], string] => [
       ["--port", value],
       `--port must be a whole number from 0 to 65535: it is "${value}"`,
     ]),
+    [["--port", "-1"], "option '--port' argument is missing, or begins with a dash"],
     [["--port=-1"], '--port must be a whole number from 0 to 65535: it is "-1"'],
     ...["--max-connections", "--idle-timeout"].flatMap((flag) =>
-      ["0", "-1", "1.5", "soon"].map((value): [string[], string] => [
+      ["0", "1.5", "soon"].map((value): [string[], string] => [
         [flag, value],
         `${flag} must be a whole number from 1 to Infinity: it is "${value}"`,
       ])
@@ -41,21 +42,21 @@ const MISUSES: Record<Script, [args: string[], sentence: string][]> = {
     [["--key", "k"], "--cert and --key must be given together"],
   ],
   "client.ts": [
-    [["--nope"], "unknown flag --nope"],
-    [["-x"], "unknown flag -x"],
-    [["--keep-open=yes"], "--keep-open takes no value"],
-    [["--port"], "--port needs a value, PORT"],
-    [["--unix", "--keep-open"], "--unix needs a value, PATH"],
+    [["--nope"], "unknown option '--nope'"],
+    [["-x"], "unknown option '-x'"],
+    [["--keep-open=yes"], "option '--keep-open' does not take an argument"],
+    [["--port"], "option '--port <value>' argument missing"],
+    [["--unix", "--keep-open"], "option '--unix' argument is missing, or begins with a dash"],
     [["--hostname", ""], "--hostname needs a value, HOST"],
-    ...["http", "0", "-1", "65536", "Infinity"].map((value): [string[], string] => [
+    ...["http", "0", "65536", "Infinity"].map((value): [string[], string] => [
       ["--port", value],
       `--port must be a whole number from 1 to 65535: it is "${value}"`,
     ]),
-    ...["0", "-1", "1s"].map((value): [string[], string] => [
+    ...["0", "1s"].map((value): [string[], string] => [
       ["--timeout", value],
       `--timeout must be a whole number from 1 to Infinity: it is "${value}"`,
     ]),
-    ...["-1", "many"].map((value): [string[], string] => [
+    ...["0.5", "many"].map((value): [string[], string] => [
       ["--retries", value],
       `--retries must be a whole number from 0 to Infinity: it is "${value}"`,
     ]),

@@ -173,6 +173,7 @@ programTest("--quiet prints nothing", async () => {
 
 const TOLD = [
   { flag: "--help", told: /^Answers what .*\nUsage: .*--hostname HOST.*--port PORT.*--unix PATH/s },
+  { flag: "-h", told: /^Answers what .*\nUsage: / },
   { flag: "--version", told: /^server\.ts \d+\.\d+\.\d+\n$/ },
 ];
 

@@ -30,6 +30,13 @@ scriptTest("the two scripts talk to each other over TLS", async (certificates) =
   assertMatch(ended.stdout, /clients: 1, cut off: 0, /);
 });
 
+scriptTest("client.ts without --tls says that the server speaks TLS", async (certificates) => {
+  await using server = startTlsServer(certificates);
+  const outcome = await runScript("client.ts", ["--port", String(await portOf(server)), "hello"]);
+  assertFailed(outcome, 1, /^client\.ts: the server speaks TLS; run again with --tls\n$/);
+  assertEquals(outcome.stdout, "");
+});
+
 scriptTest("a piped line of 3 MB passes through an echo over TLS", async (certificates) => {
   await using server = startTlsServer(certificates);
   const { certFile } = certificates.ca;
