@@ -144,6 +144,7 @@ async function main(): Promise<void> {
 }
 
 await main().catch((error) => {
-  console.error("service.ts: %s", messageOf(error));
+  const flags = error instanceof TypeError ? `; the flags are --${Object.keys(FLAGS).join(" --")}` : "";
+  console.error("service.ts: %s%s", messageOf(error), flags);
   Deno.exit(1);
 });
