@@ -51,7 +51,8 @@
  * | `handleError()` | server | is as the handler left it; runs only after an error |
  * | `handleClose()` | server | is closed |
  *
- * Units are milliseconds and bytes. Memory is bounded: a line and a frame by `limit`, buffered writes by
+ * The samples' `@socketserver/socketserver` is this file: in your project write `./mod.ts`. Every `options` may be left
+ * out. Units are milliseconds and bytes. Memory is bounded: a line and a frame by `limit`, buffered writes by
  * `highWaterMark`. A forgotten promise of a stream's method never ends the process.
  *
  * @module
@@ -625,7 +626,7 @@ function permissionFlags(address: Deno.Addr): string {
 
 /** What a person may do about an error, by its code. */
 const ADVICE: Record<string, string> = {
-  EADDRINUSE: "stop the program that has it or choose another",
+  EADDRINUSE: "stop the program that has it or choose another address",
   EADDRNOTAVAIL: "this machine has no such address, choose one of its own",
   EACCES: "choose another address (ports below 1024 are reserved)",
   ECONNREFUSED: "start the server or check the address",
@@ -1356,9 +1357,8 @@ function bytesOf(data: Uint8Array | string): Uint8Array {
 /** Plain JavaScript has no types: anything else would be sent as something else, or as nothing. */
 function checkData(call: string, data: unknown): TypeError | undefined {
   if (typeof data === "string" || data instanceof Uint8Array) return undefined;
-  const kind = typeof data === "object" && data !== null
-    ? `a ${data.constructor?.name ?? "bare"} object`
-    : String(data);
+  const isObject = typeof data === "object" && data !== null;
+  const kind = isObject ? `of the class ${data.constructor?.name ?? "null"}` : String(data);
   return new TypeError(`Cannot ${call}: data must be a Uint8Array or a string, it is ${kind}`);
 }
 
@@ -2261,7 +2261,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
   /**
    * Reads a line of UTF-8 text without its `"\n"` or `"\r\n"`; resolves to `null` at the end of the stream. A last line
-   * needs no end. Rejects with {@linkcode LimitOverrunError} if the line is longer than `limit` bytes. A kept line may
+   * needs no end. Bytes that are no UTF-8 become U+FFFD; `readUntil("\n")` gives bytes. Rejects with {@linkcode LimitOverrunError} if the line is longer than `limit` bytes. A kept line may
    * keep up to 1 KiB alive.
    */
   readLine(): Promise<string | null> {
@@ -2945,8 +2945,8 @@ export abstract class BaseRequestHandler<Request, Server extends { readonly sign
   }
 
   /**
-   * Aborts when the server begins to shut down, or cuts the connection: come to an end. It is this request's own, so
-   * its listeners end with it.
+   * Aborts when the server begins to shut down, or cuts the connection; the handler should then end. It is this
+   * request's own, so its listeners end with it.
    */
   get signal(): AbortSignal {
     return signalOf(this.request) ?? this.server.signal;
@@ -3335,7 +3335,7 @@ class StreamSession extends Session<SocketStream> implements Filtered {
 
   async #awaitFilters(passed: Promise<boolean>, controller: AbortController): Promise<SocketStream | null> {
     const { handshakeTimeout } = this.#settings;
-    const late = () => controller.abort(new Deno.errors.TimedOut(`it took longer than ${handshakeTimeout} ms`));
+    const late = () => controller.abort(new Deno.errors.TimedOut(`filters took longer than ${handshakeTimeout} ms`));
     const timer = startTimer(late, handshakeTimeout);
     try {
       return this.#makeRequest(await unlessAborted(passed, controller.signal));
@@ -3555,8 +3555,8 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    * Serves until {@linkcode BaseServer.shutdown} or {@linkcode BaseServer.close}.
    *
    * @param options The abort of `signal` is a call of `shutdown()`.
-   * @returns Resolves once the shutdown is over. Rejects with the error of `listen()`, after which it may be called
-   * again; with `Deno.errors.Busy` if the server serves already; and with an error of accepting that cannot be waited
+   * @returns Resolves once the shutdown is over; at once if it was before. Rejects with the error of `listen()`, after
+   * which it may be called again; with `Deno.errors.Busy` if the server serves already; and with an error of accepting that cannot be waited
    * out, which closes the server.
    */
   async serveForever(options: { signal?: AbortSignal | undefined } = {}): Promise<void> {
@@ -4095,8 +4095,8 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
   handleOpen(_request: SocketStream, _clientAddress: Deno.Addr): void | Promise<void> {}
 
   /**
-   * Runs at the end of each connection that became a stream; the handler is done, unless it was cut off. Nothing waits
-   * for its promise.
+   * Runs at the end of each connection that became a stream; the handler is done, unless it was cut off. `request` is
+   * closed: ask it for what TLS or a proxy said of the client. Nothing waits for the hook's promise.
    *
    * @example An access log
    * ```ts
@@ -4109,7 +4109,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
    * }
    * ```
    */
-  handleClose(_report: ConnectionReport, _clientAddress: Deno.Addr): void | Promise<void> {}
+  handleClose(_report: ConnectionReport, _clientAddress: Deno.Addr, _request: SocketStream): void | Promise<void> {}
 
   /** Runs for each connection that a filter refused. No other hook runs for it, and nothing waits for its promise. */
   handleRefuse(_clientAddress: Deno.Addr): void | Promise<void> {}
@@ -4154,7 +4154,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
     if (request === undefined || outcome === "refused" || outcome === "handshakeFailed") return; // It has no request.
     if (this.handleClose === StreamServer.prototype.handleClose) return;
     const report = { outcome, duration: performance.now() - since, bytesRead, bytesWritten };
-    this.runHook("handleClose", () => this.handleClose(report, clientAddress));
+    this.runHook("handleClose", () => this.handleClose(report, clientAddress, request));
   }
 }
 

@@ -45,11 +45,11 @@ export interface ProxyTls {
   readonly isTls: boolean;
   /** Whether the proxy verified a certificate of the client, now or earlier in the same TLS session. */
   readonly isVerified: boolean;
-  /** The version, such as `"TLSv1.3"`. */
+  /** The version, such as `"TLSv1.3"`; HAProxy's `proxy-v2-options ssl`. */
   readonly protocol: string | undefined;
-  /** The common name of the client's certificate; trust it only if `isVerified`. */
+  /** The common name of the client's certificate; trust it only if `isVerified`. HAProxy's `cert-cn`. */
   readonly commonName: string | undefined;
-  /** The cipher suite, such as `"TLS_AES_256_GCM_SHA384"`. */
+  /** The cipher suite, such as `"TLS_AES_256_GCM_SHA384"`; HAProxy's `ssl-cipher`. */
   readonly cipher: string | undefined;
   /** All vectors inside this one. */
   readonly tlvs: readonly ProxyTlv[];
@@ -69,7 +69,7 @@ export interface ProxyHeader {
   readonly tlvs: readonly ProxyTlv[];
   /** The protocol that client and proxy agreed on by ALPN. */
   readonly alpnProtocol: string | undefined;
-  /** The host that the client asked for, for example by SNI. */
+  /** The host that the client asked for, for example by SNI; HAProxy's `authority`. */
   readonly authority: string | undefined;
   /** The proxy's name for the connection, up to 128 bytes. */
   readonly uniqueId: Uint8Array | undefined;
@@ -93,6 +93,9 @@ const MAX_HEADER_BYTES = 4_096;
 
 /** PROXY 2.2: the first bytes of version 2. */
 const SIGNATURE = [0x0d, 0x0a, 0x0d, 0x0a, 0x00, 0x0d, 0x0a, 0x51, 0x55, 0x49, 0x54, 0x0a];
+
+/** RFC 8446, 5.1: the first byte of a client that begins TLS. */
+const TLS_HANDSHAKE = 0x16;
 
 /** The signature, version and command, family and transport, and the length of the rest. */
 const FIXED_BYTES = 16;
@@ -153,7 +156,8 @@ function quoted(bytes: Uint8Array): string {
 function parseText(bytes: Uint8Array): Parsed {
   const text = String.fromCharCode(...bytes.subarray(0, MAX_LINE_BYTES));
   if (!LINE_STARTS.some((start) => start.startsWith(text.slice(0, start.length)))) {
-    throw wrong(`the connection must begin with it, but begins with ${quoted(bytes)}`, "2.2");
+    const hint = bytes[0] === TLS_HANDSHAKE ? ", which is TLS: let the proxy send the header" : "";
+    throw wrong(`the connection must begin with it, but begins with ${quoted(bytes)}${hint}`, "2.2");
   }
   const end = text.search(/[\r\n]/);
   const ending = end < 0 ? "" : text.slice(end, end + 2);

@@ -115,7 +115,7 @@ const REASONS: readonly [pattern: RegExp, why: string, advice?: string][] = [
     "add its authority to caCerts or clientCa",
   ],
   [/NOT_RETURN_A_CERTIFICATE/, "the client has no certificate", "give it one from an authority of clientCa"],
-  [/corrupt message/, "the peer does not speak TLS, perhaps it speaks plain HTTP", "check the port"],
+  [/corrupt message/, "the peer does not speak TLS", "check the port, and whether a balancer ends TLS itself"],
   [/ECONNRESET|EPIPE/, "the peer has closed the connection"],
 ];
 
@@ -174,7 +174,9 @@ function certificatesIn(name: string, text: string): Certificate[] {
   const blocks = pemBlocks(text, /^(X509 |TRUSTED )?CERTIFICATE$/);
   const found = attempt(() => blocks.map(parse), `${name} holds a damaged certificate; export it again`);
   if (found.length > 0) return found;
-  throw invalid(`${name} holds no certificate in PEM form; give it the text of the certificate's file`);
+  const isKey = name === "cert" && pemBlocks(text, /PRIVATE KEY$/).length > 0;
+  const advice = isKey ? "it holds a key, so cert and key may be swapped" : "give it the text of the certificate's file";
+  throw invalid(`${name} holds no certificate in PEM form; ${advice}`);
 }
 
 /** `certificate` with nothing in it that the runtime does not take; throws the reason if a server cannot use it. */

@@ -256,7 +256,7 @@ for (const handshakeTimeout of [undefined, 200, Infinity]) {
       assertEquals([conn.isClosed, server.stats.handshakeFailures, server.stats.active], [true, 1, 0]);
       const [[error, outcome] = []] = server.errors;
       assert(error instanceof Deno.errors.TimedOut);
-      assertEquals([error.message, outcome], [`it took longer than ${most} ms`, "handshakeFailed"]);
+      assertEquals([error.message, outcome], [`filters took longer than ${most} ms`, "handshakeFailed"]);
       assertEquals(reasons, [error]);
     }, { handshakeTimeout });
   });

@@ -191,6 +191,12 @@ const MISTAKES: [string, () => unknown, Kind, string][] = [
     "Cannot write(): data must be a Uint8Array or a string, it is 5",
   ],
   [
+    "an array to write",
+    onStream((stream) => Reflect.apply(stream.write, stream, [[5]])),
+    TypeError,
+    "Cannot write(): data must be a Uint8Array or a string, it is of the class Array",
+  ],
+  [
     "no bytes to receive",
     onStream((stream) => stream.recv(0)),
     RangeError,

@@ -239,7 +239,7 @@ export class Service implements AsyncDisposable {
     const run = ["run", "--no-prompt", ...permissions, here("../docs/running/service.ts"), ...flags];
     const program = Program.start(Deno.execPath(), run);
     try {
-      const [, own, ops] = await program.printed(/"listening".*:(\d+)"\}\n.*"operators".*:(\d+)"\}\n/);
+      const [, ops, own] = await program.printed(/"operators".*:(\d+)"\}\n.*"listening".*:(\d+)"\}\n/);
       return new Service(program, Number(own), Number(ops));
     } catch (error) {
       await program[Symbol.asyncDispose]();

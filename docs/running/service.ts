@@ -5,14 +5,8 @@
 
 import { parseArgs } from "node:util";
 import { proxyProtocol } from "../../extras/proxy_protocol.ts";
-import { type ConnectionReport, type ErrorOutcome, formatAddress, perHost, printable } from "../../mod.ts";
-import {
-  type ServerStats,
-  type SocketStream,
-  StreamRequestHandler,
-  TcpServer,
-  type TcpServerAddress,
-} from "../../mod.ts";
+import { formatAddress, perHost, printable, StreamRequestHandler, TcpServer } from "../../mod.ts";
+import type { ConnectionReport, ErrorOutcome, ServerStats, SocketStream, TcpServerAddress } from "../../mod.ts";
 
 // --- The service -------------------------------------------------------------------
 
@@ -29,7 +23,7 @@ class Service extends TcpServer {
   }
 
   override handleClose(report: ConnectionReport, client: Deno.Addr) {
-    log("closed", { client: formatAddress(client), ...report });
+    log("closed", { client: formatAddress(client), ...report, duration: Math.round(report.duration) });
   }
 
   override handleRefuse(client: Deno.Addr) {
@@ -37,6 +31,7 @@ class Service extends TcpServer {
   }
 
   override handleError(error: unknown, client: Deno.Addr, outcome: ErrorOutcome) {
+    if (outcome === "aborted" || outcome === "timedOut") return; // "closed" says so.
     log("error", { client: formatAddress(client), outcome, message: messageOf(error) });
   }
 
@@ -61,8 +56,9 @@ const METRICS: [key: keyof ServerStats, type: "counter" | "gauge", help: string]
   ["aborted", "counter", "Connections whose client vanished."],
   ["timedOut", "counter", "Connections that a deadline ended."],
   ["errors", "counter", "Errors of handlers and hooks."],
-  ["refused", "counter", "Connections of a host that has as many as it may."],
-  ["handshakeFailures", "counter", "Connections without a valid PROXY header."],
+  ["lost", "counter", "Connections that were over before they were accepted, and health checks."],
+  ["refused", "counter", "Connections that a filter refused: a host has too many, or is none of the proxies."],
+  ["handshakeFailures", "counter", "Connections that failed in a filter, such as by their PROXY header."],
   ["overloads", "counter", "Times that descriptors or memory ran out."],
   ["bytesRead", "counter", "Bytes that were received."],
   ["bytesWritten", "counter", "Bytes that were sent."],
@@ -79,14 +75,16 @@ function metricsOf(stats: ServerStats): string {
   }).join("");
 }
 
-function serveOperators(server: { readonly stats: ServerStats }, isDraining: () => boolean): void {
-  const { hostname, port } = new URL(`tcp://${flags["ops-port"].replace(/^\d+$/, "127.0.0.1:$&")}`);
+function serveOperators(server: { readonly stats: ServerStats }, health: () => string): void {
+  const place = flags["ops-port"];
+  const [, hostname = "127.0.0.1", port] = /^(?:(.+):)?(\d{1,5})$/.exec(place) ?? [];
+  if (port === undefined) throw new RangeError(`--ops-port must be [HOST:]PORT: it is "${place}"`);
   const onListen = (address: Deno.NetAddr) => log("operators", { address: formatAddress(address) });
   Deno.serve({ hostname, port: Number(port), onListen }, ({ url }) => {
     const { pathname } = new URL(url);
     if (pathname === "/metrics") return new Response(metricsOf(server.stats), { headers: METRICS_HEADERS });
     if (pathname !== "/healthz") return new Response("see /healthz and /metrics\n", { status: 404 });
-    return isDraining() ? new Response("draining\n", { status: 503 }) : new Response("ok\n");
+    return new Response(`${health()}\n`, { status: health() === "ok" ? 200 : 503 });
   });
 }
 
@@ -106,17 +104,17 @@ const FLAGS = {
 
 let flags: ReturnType<typeof parseArgs<{ options: typeof FLAGS }>>["values"];
 
-function number(name: keyof typeof FLAGS): number {
-  const value = Number(flags[name]);
-  if (value >= 0) return value;
-  throw new RangeError(`--${name} must be a number, 0 or more: it is "${flags[name]}"`);
+function number(name: keyof typeof FLAGS, least = 0): number {
+  const value = flags[name] === "" ? NaN : Number(flags[name]);
+  if (value >= least) return value;
+  throw new RangeError(`--${name} must be a number, ${least} or more: it is "${flags[name]}"`);
 }
 
 function makeServer(address: TcpServerAddress): Service {
-  const from = flags["proxy-from"]?.split(",");
+  const from = flags["proxy-from"]?.split(/[,\s]+/);
   const filters = from === undefined ? [] : [proxyProtocol({ from })];
-  filters.push(perHost(number("max-connections-per-host"))); // Behind the header: it counts clients, not balancers.
-  const limits = { maxConnections: number("max-connections"), idleTimeout: number("idle-timeout") };
+  filters.push(perHost(number("max-connections-per-host", 1))); // Behind the header: it counts clients, not balancers.
+  const limits = { maxConnections: number("max-connections", 1), idleTimeout: number("idle-timeout", 1) };
   return new Service(address, Stamp, { filters, ...limits });
 }
 
@@ -128,15 +126,17 @@ async function main(): Promise<void> {
   const server = Pool ? new Pool(import.meta.url, makeServer, { ...address, workers }) : makeServer(address);
   if ("isWorker" in server && server.isWorker) return await server.serveForever().catch(() => {});
   const drainDelay = number("drain-delay");
-  let isDraining = false;
+  let health = "starting";
   const end = () => {
-    if (isDraining) return void server.close(); // The second signal: somebody is in a hurry.
-    isDraining = true;
+    if (health === "draining") return void server.close(); // The second signal: somebody is in a hurry.
+    health = "draining";
+    log("draining", { delay: drainDelay, active: server.stats.active });
     setTimeout(() => server.shutdown(), drainDelay);
   };
+  serveOperators(server, () => health);
   for (const signal of ["SIGINT", "SIGTERM"] as const) Deno.addSignalListener(signal, end);
   log("listening", { address: formatAddress(await server.listen()) });
-  serveOperators(server, () => isDraining);
+  if (health === "starting") health = "ok";
   await server.serveForever();
   const { cut, finished, duration } = await server.shutdown(); // It is over: this is its report.
   log("stopped", { finished, cut: cut.map(formatAddress), duration, ...server.stats });
@@ -144,7 +144,7 @@ async function main(): Promise<void> {
 }
 
 await main().catch((error) => {
-  const flags = error instanceof TypeError ? `; the flags are --${Object.keys(FLAGS).join(" --")}` : "";
-  console.error("service.ts: %s%s", messageOf(error), flags);
-  Deno.exit(1);
+  const isMisuse = error instanceof TypeError || error instanceof RangeError;
+  console.error("service.ts: %s%s", messageOf(error), isMisuse ? `; flags: --${Object.keys(FLAGS).join(" --")}` : "");
+  Deno.exit(isMisuse ? 2 : 1);
 });

@@ -68,7 +68,7 @@ tlsTest(
       const [plain, gone, distrusted, late] = server.errors.map(({ message }) => message);
       assertMatch(
         plain ?? "",
-        /^Cannot begin TLS: the peer does not speak TLS, perhaps it speaks plain HTTP \(.*\); check/,
+        /^Cannot begin TLS: the peer does not speak TLS \(.*\); check/,
       );
       assertMatch(gone ?? "", /^Cannot begin TLS: the peer has closed the connection \(.*\)$/);
       assertMatch(

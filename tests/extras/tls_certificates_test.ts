@@ -338,7 +338,7 @@ tlsTest("a client that speaks plain HTTP, leaves or stalls is told apart", async
     assertEquals(seen.map(([, code]) => code), ["ERR_SSL_WRONG_VERSION_NUMBER", "ECONNRESET", false]);
     assertMatch(
       `${seen[0]?.[2]}`,
-      /^Cannot begin TLS: the peer does not speak TLS, perhaps it speaks plain HTTP \(rec/,
+      /^Cannot begin TLS: the peer does not speak TLS \(rec/,
     );
     assertEquals(seen[1]?.[2], "Cannot begin TLS: the peer has closed the connection (unexpected end of file)");
     assertMatch(`${seen[2]?.[2]}`, /300 ms/);

@@ -261,7 +261,7 @@ programTest("a name that does not exist is one sentence and exit code 1", async 
   const outcome = await runScript("client.ts", ["--hostname", "no-such-host.invalid", "hello"], {
     permissions: ["--allow-net=no-such-host.invalid"],
   });
-  assertFailed(outcome, 1, /^client\.ts: .*no-such-host\.invalid:8009: .*name.*not known/i);
+  assertFailed(outcome, 1, /^client\.ts: .*no-such-host\.invalid:8009: the name cannot be resolved \(/);
 });
 
 programTest("a socket file that is not there is one sentence and exit code 1", async () => {

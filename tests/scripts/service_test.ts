@@ -53,7 +53,7 @@ programTest("the service echoes lines with a timestamp, and logs each event as o
   service.program.kill("SIGTERM");
   const { code, stderr } = await service.program.ended();
   assertEquals([code, stderr], [0, ""]);
-  const [listening, operators, opened, closed, reopened, error, reclosed, stopped] = service.events;
+  const [operators, listening, opened, closed, reopened, error, reclosed, draining, stopped] = service.events;
   assertEquals(listening, { event: "listening", address: `127.0.0.1:${service.port}` });
   assertEquals(operators, { event: "operators", address: `127.0.0.1:${service.opsPort}` });
   assertEquals(opened, { event: "opened", client });
@@ -64,6 +64,7 @@ programTest("the service echoes lines with a timestamp, and logs each event as o
   assertEquals([error?.event, error?.client, error?.outcome], ["error", longClient, "error"]);
   assertMatch(String(error?.message), /65536/);
   assertEquals([reclosed?.event, reclosed?.outcome], ["closed", "error"]);
+  assertEquals(draining, { event: "draining", delay: 3_000, active: 0 });
   assertEquals([stopped?.event, stopped?.accepted, stopped?.errors, stopped?.cut], ["stopped", 2, 1, []]);
 });
 
@@ -189,7 +190,8 @@ programTest("--idle-timeout and --max-connections are the library's", async () =
   await second.send("hello\n");
   assertEquals((await first.receiveAll()).length, 0);
   assertMatch(await second.receive("\n"), isHello);
-  await service.program.printed('"outcome":"timedOut"');
+  await service.program.printed(/"closed".*"outcome":"timedOut"/);
+  assert(!service.program.stdout.includes('"error"'));
 });
 
 programTest("--workers serves with threads, and counts what all of them have done", async () => {
@@ -213,17 +215,23 @@ programTest("--workers serves with threads, and counts what all of them have don
   assertEquals([last?.event, last?.accepted, last?.bytesRead], ["stopped", 10, 60]);
 });
 
-const MISTAKES: [string[], RegExp][] = [
+const MISTAKES: [string[], RegExp, code?: number][] = [
   [["--nope"], /'--nope'/],
   [["--port", "http"], /--port must be a number, 0 or more: it is "http"/],
   [["--drain-delay", "-1"], /--drain-delay/],
   [["--idle-timeout", "soon"], /--idle-timeout must be a number/],
   [["--proxy-from", "10.0.0.1/8"], /10\.0\.0\.1\/8/],
-  [["--hostname", "192.0.2.1"], /permission is missing; run again with --allow-net=192\.0\.2\.1:8009/],
+  [["--hostname", "192.0.2.1"], /permission is missing; run again with --allow-net=192\.0\.2\.1:8009/, 1],
+  [["--port", ""], /--port must be a number, 0 or more: it is ""/],
+  [["--max-connections", "0"], /--max-connections must be a number, 1 or more: it is "0"/],
+  ...["abc", "127.0.0.1:", "127.0.0.1:1/x"].map((place): [string[], RegExp] => [
+    ["--ops-port", place],
+    /--ops-port must be \[HOST:\]PORT: it is "/,
+  ]),
 ];
 
-for (const [args, sentence] of MISTAKES) {
-  programTest(`the service refuses ${args.join(" ")} with one sentence`, async () => {
-    assertFailed(await runService(...args), 1, sentence);
+for (const [args, sentence, code = 2] of MISTAKES) {
+  programTest(`the service refuses ${args.join(" ")} with one sentence and exit code ${code}`, async () => {
+    assertFailed(await runService(...args), code, sentence);
   });
 }
