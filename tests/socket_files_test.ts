@@ -3,7 +3,7 @@
 import { assert, assertEquals, assertMatch, assertRejects } from "../deps.ts";
 import { connect, UnixDatagramServer, UnixServer } from "../mod.ts";
 import { assertServes as assertAnswers, EchoDatagram } from "./datagrams.ts";
-import { Echo, rejectionOf, unixTest } from "./testing.ts";
+import { Echo, rejectionOf, unixTest, withDeno } from "./testing.ts";
 
 /** A kind of server. */
 interface Kind {
@@ -138,15 +138,12 @@ for (const { name, make, open, assertServes } of KINDS) {
   unixTest(`${name} that cannot give its file the mode leaves no socket behind`, async (folder) => {
     const path = `${folder}/a.sock`;
     await using server = make(path, 0o600);
-    const { chmodSync } = Deno;
-    Reflect.set(Deno, "chmodSync", () => {
+    const fail = () => {
       throw new Deno.errors.PermissionDenied("Operation not permitted");
-    });
-    try {
+    };
+    await withDeno("chmodSync", fail, async () => {
       await assertRejects(async () => await server.listen(), Deno.errors.PermissionDenied);
-    } finally {
-      Reflect.set(Deno, "chmodSync", chmodSync);
-    }
+    });
     await server.listen();
     server.serveForever();
     await assertServes(path);

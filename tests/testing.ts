@@ -156,17 +156,35 @@ export async function withServer<Server extends TcpServer>(
   }
 }
 
-/** Runs `action`; resolves to the arguments of each `console.error()` meanwhile, which prints nothing. */
-export async function printedBy(action: () => Promise<unknown>): Promise<unknown[][]> {
+/**
+ * Runs `action`, which sees the list grow; resolves to the arguments of each `console.error()` meanwhile, which prints
+ * nothing.
+ */
+export async function printedBy(action: (printed: unknown[][]) => unknown): Promise<unknown[][]> {
   const printed: unknown[][] = [];
   const { error } = console;
   console.error = (...args) => void printed.push(args);
   try {
-    await action();
+    await action(printed);
   } finally {
     console.error = error;
   }
   return printed;
+}
+
+/** Runs `test` while the runtime's `name` is `replacement`. */
+export async function withDeno(
+  name: keyof typeof Deno,
+  replacement: (...args: never[]) => unknown,
+  test: () => Promise<void>,
+): Promise<void> {
+  const original = Deno[name];
+  Reflect.set(Deno, name, replacement);
+  try {
+    await test();
+  } finally {
+    Reflect.set(Deno, name, original);
+  }
 }
 
 /** A listener that answers `accept()` with what a script says, and then waits until it is closed. */
