@@ -3,7 +3,7 @@
 import { assert, assertEquals, assertMatch, assertRejects } from "../deps.ts";
 import { connect, UnixDatagramServer, UnixServer } from "../mod.ts";
 import { assertServes as assertAnswers, EchoDatagram } from "./datagrams.ts";
-import { Echo, rejectionOf, unixTest, withDeno } from "./testing.ts";
+import { Echo, exists, rejectionOf, unixTest, withDeno } from "./testing.ts";
 
 /** A kind of server. */
 interface Kind {
@@ -29,15 +29,6 @@ const KINDS: Kind[] = [{
   open: (path) => Deno.listenDatagram({ transport: "unixpacket", path }),
   assertServes: assertAnswers,
 }];
-
-function exists(path: string): boolean {
-  try {
-    Deno.lstatSync(path);
-    return true;
-  } catch {
-    return false; // Whatever it is, it is not there.
-  }
-}
 
 /** A server that serves until it goes out of scope. */
 async function running(server: UnixServer | UnixDatagramServer) {

@@ -92,6 +92,17 @@ async function inFolder(fn: (folder: string) => Promise<void>): Promise<void> {
   }
 }
 
+/** Whether there is a file of any kind at `path`; a link counts as itself. */
+export function exists(path: string): boolean {
+  try {
+    Deno.lstatSync(path);
+    return true;
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return false;
+    throw error;
+  }
+}
+
 /** What `promise` rejects with; fails the test if it resolves. */
 export async function rejectionOf(promise: Promise<unknown>): Promise<Error> {
   let value: unknown;
@@ -134,6 +145,22 @@ export class Echo extends StreamRequestHandler {
     for await (const data of this.request) await this.request.send(data);
   }
 }
+
+/** Greets, and stays until its client leaves. */
+export class Greeter extends StreamRequestHandler {
+  override async handle() {
+    await this.request.send("hello\n");
+    await this.request.recv();
+  }
+}
+
+/** How a hook may fail, and one that does. */
+export const FAULTS: [how: string, hook: () => Promise<never>][] = [
+  ["throws", () => {
+    throw new TypeError("a bug in the hook");
+  }],
+  ["rejects", () => Promise.reject(new TypeError("a bug in the hook"))],
+];
 
 /** Runs `test` with a server that serves, and with clients of it; ends them all. */
 export async function withServer<Server extends TcpServer>(

@@ -15,16 +15,7 @@ import {
   withServer,
 } from "./datagrams.ts";
 import { permissionsIn } from "./programs.ts";
-import { rejectionOf, unixTest, until, withDeno } from "./testing.ts";
-
-function exists(path: string): boolean {
-  try {
-    Deno.lstatSync(path);
-    return true;
-  } catch {
-    return false; // Whatever it is, it is not there.
-  }
-}
+import { exists, rejectionOf, unixTest, until, withDeno } from "./testing.ts";
 
 // --- Requests and replies ----------------------------------------------------------
 
