@@ -2,7 +2,7 @@ import { assert, assertEquals, assertMatch } from "../deps.ts";
 import { type AcceptFailure, acceptFailure, connect, TcpServer } from "../mod.ts";
 import { FakeTcpConn, turnEnd } from "./fake_conn.ts";
 import { withFakeTime } from "./fake_time.ts";
-import { Echo, FakeListener, FakeServer, peerTest, printedBy, rejectionOf } from "./testing.ts";
+import { Echo, FakeListener, FakeServer, FAULTS, peerTest, printedBy, rejectionOf } from "./testing.ts";
 
 function systemError(code: string): Error {
   return Object.assign(new TypeError(`${code} (os error 0)`), { code });
@@ -213,14 +213,7 @@ Deno.test("serveForever() resolves when someone else closes the listener", async
   await serving;
 });
 
-for (
-  const [how, fail] of [
-    ["throws", () => {
-      throw new TypeError("a bug in the hook");
-    }],
-    ["rejects", () => Promise.reject(new TypeError("a bug in the hook"))],
-  ] as const
-) {
+for (const [how, fail] of FAULTS) {
   Deno.test(`a handleOverload() that ${how} does not end the server`, async () => {
     const listener = new FakeListener([systemError("EMFILE")]);
     class Faulty extends FakeServer {

@@ -2,7 +2,7 @@ import { assert, assertEquals, assertMatch, assertRejects } from "../deps.ts";
 import { connect, TcpServer, UnixServer } from "../mod.ts";
 import { FakeTcpConn, turnEnd } from "./fake_conn.ts";
 import { freePort } from "./programs.ts";
-import { countListeners, Echo, networkTest, peerTest, rejectionOf, unixTest } from "./testing.ts";
+import { countListeners, Echo, networkTest, peerTest, rejectionOf, unixTest, withDeno } from "./testing.ts";
 
 /** Runs `test` with the port of a listener that takes no more connections: dials wait. */
 async function withFullBacklog(test: (port: number) => Promise<void>): Promise<void> {
@@ -46,24 +46,19 @@ networkTest("connect() says what was dialled, why it failed and what to do", asy
 });
 
 Deno.test("connect() reports a connection that was reset before the runtime could look at it as reset", async () => {
-  const dial = Deno.connect;
   // What Deno 2.9.6 says then, which is a race.
   const rejected = () => Promise.reject(new Error("Transport endpoint is not connected (os error 107)"));
-  try {
-    Object.assign(Deno, { connect: rejected });
+  await withDeno("connect", rejected, async () => {
     const error = await rejectionOf(connect({ port: 8009 }));
     assert(error instanceof Deno.errors.ConnectionReset);
     assertMatch(
       error.message,
       /^Cannot connect to 127\.0\.0\.1:8009: transport .*; the server has reset the connection at once$/,
     );
-  } finally {
-    Object.assign(Deno, { connect: dial });
-  }
+  });
 });
 
 Deno.test("connect() takes a connection to itself for a refused one, closes it, and tries again", async () => {
-  const dial = Deno.connect;
   const itself = { transport: "tcp", hostname: "127.0.0.1", port: 8009 } as const;
   const made: FakeTcpConn[] = [];
   class Meeting extends FakeTcpConn {
@@ -72,33 +67,27 @@ Deno.test("connect() takes a connection to itself for a refused one, closes it, 
       made.push(this);
     }
   }
-  try {
-    Object.assign(Deno, { connect: () => Promise.resolve(new Meeting(itself, itself)) });
+  await withDeno("connect", () => Promise.resolve(new Meeting(itself, itself)), async () => {
     const error = await rejectionOf(connect({ port: 8009, retries: 1 }));
     assert(error instanceof Deno.errors.ConnectionRefused);
     assertEquals("code" in error && error.code, "ECONNREFUSED");
     assertMatch(error.message, /^Cannot connect to 127\.0\.0\.1:8009 after 2 tries: connection refused; start /);
     assertEquals(made.map(({ isClosed }) => isClosed), [true, true]);
-    for (const other of [{ ...itself, port: 8010 }, { ...itself, hostname: "127.0.0.2" }]) {
-      Object.assign(Deno, { connect: () => Promise.resolve(new Meeting(other, itself)) });
+  });
+  for (const other of [{ ...itself, port: 8010 }, { ...itself, hostname: "127.0.0.2" }]) {
+    await withDeno("connect", () => Promise.resolve(new Meeting(other, itself)), async () => {
       (await connect({ port: 8009 })).close();
-    }
-  } finally {
-    Object.assign(Deno, { connect: dial });
+    });
   }
   await turnEnd();
 });
 
 Deno.test("connect() sends small writes at once, and with noDelay: false as the system does", async () => {
-  const dial = Deno.connect;
   for (const noDelay of [undefined, true, false]) {
     const conn = new FakeTcpConn();
-    Object.assign(Deno, { connect: () => Promise.resolve(conn) });
-    try {
+    await withDeno("connect", () => Promise.resolve(conn), async () => {
       (await connect({ port: 8009, noDelay })).close();
-    } finally {
-      Object.assign(Deno, { connect: dial });
-    }
+    });
     assertEquals(conn.calls, noDelay === false ? ["close()"] : ["setNoDelay(true)", "close()"]);
   }
 });
@@ -181,19 +170,12 @@ const HOSTNAMES: [string, string][] = [
 
 for (const [hostname, asked] of HOSTNAMES) {
   Deno.test(`connect() dials ${hostname} as ${asked}`, async () => {
-    const dial = Deno.connect;
     const dialled: unknown[] = [];
-    try {
-      Object.assign(Deno, {
-        connect: (options: Deno.ConnectOptions) => {
-          dialled.push(options.hostname);
-          return Promise.reject(new Deno.errors.ConnectionRefused("Connection refused (os error 111)"));
-        },
-      });
-      await rejectionOf(connect({ hostname, port: 1 }));
-    } finally {
-      Object.assign(Deno, { connect: dial });
-    }
+    const dial = (options: Deno.ConnectOptions) => {
+      dialled.push(options.hostname);
+      return Promise.reject(new Deno.errors.ConnectionRefused("Connection refused (os error 111)"));
+    };
+    await withDeno("connect", dial, async () => void await rejectionOf(connect({ hostname, port: 1 })));
     assertEquals(dialled, [asked]);
   });
 }

@@ -13,7 +13,7 @@ import { type Certificates, withCertificates } from "./certificates.ts";
 import { FakeTcpConn, turnEnd } from "./fake_conn.ts";
 import { withFakeTime } from "./fake_time.ts";
 import { Program } from "./programs.ts";
-import { Echo, networkTest, peerTest, rejectionOf, unixTest, until, withServer } from "./testing.ts";
+import { Echo, networkTest, peerTest, rejectionOf, unixTest, until, withDeno, withServer } from "./testing.ts";
 
 /** Runs `test` with the port of a TLS server that sends back what it gets. */
 async function withTlsServer(
@@ -262,32 +262,25 @@ networkTest("what a filter of connect() gave to onEnd() runs once the stream is 
 });
 
 Deno.test("a dial that succeeds after connect() gave up is closed", async () => {
-  const dial = Deno.connect;
   const gate = Promise.withResolvers<void>();
   const dialled = new FakeTcpConn();
-  Object.assign(Deno, { connect: () => gate.promise.then(() => dialled) });
-  try {
-    await withFakeTime(async (time) => {
+  await withDeno("connect", () => gate.promise.then(() => dialled), () =>
+    withFakeTime(async (time) => {
       const failed = rejectionOf(connect({ path: "/run/late.sock", timeout: 1_000 }));
       await time.advance(1_000);
       assert(await failed instanceof Deno.errors.TimedOut);
       gate.resolve();
       await turnEnd();
       assert(dialled.isClosed);
-    });
-  } finally {
-    Object.assign(Deno, { connect: dial });
-  }
+    }));
 });
 
 Deno.test("a filter's connection that comes after connect() gave up is closed", async () => {
-  const dial = Deno.connect;
   const gate = Promise.withResolvers<void>();
   const [dialled, made] = [new FakeTcpConn(), new FakeTcpConn()];
-  Object.assign(Deno, { connect: () => Promise.resolve(dialled) });
   Object.assign(dialled, { remoteAddr: { ...dialled.remoteAddr, port: 1 } });
-  try {
-    await withFakeTime(async (time) => {
+  await withDeno("connect", () => Promise.resolve(dialled), () =>
+    withFakeTime(async (time) => {
       const filters = [() => gate.promise.then(() => made)];
       const failed = rejectionOf(connect({ port: 1, filters, timeout: 1_000 }));
       await time.advance(1_000);
@@ -296,10 +289,7 @@ Deno.test("a filter's connection that comes after connect() gave up is closed", 
       gate.resolve();
       await turnEnd();
       assert(made.isClosed);
-    });
-  } finally {
-    Object.assign(Deno, { connect: dial });
-  }
+    }));
 });
 
 Deno.test("connect() rejects with the very error of the program's own class that a filter throws", async () => {
@@ -315,16 +305,12 @@ Deno.test("connect() rejects with the very error of the program's own class that
     }],
     [() => Promise.reject(error)],
   ];
-  const dial = Deno.connect;
   for (const failing of filters) {
     const dialled = new FakeTcpConn();
     Object.assign(dialled, { remoteAddr: { ...dialled.remoteAddr, port: 1 } });
-    Object.assign(Deno, { connect: () => Promise.resolve(dialled) });
-    try {
+    await withDeno("connect", () => Promise.resolve(dialled), async () => {
       assertStrictEquals(await rejectionOf(connect({ port: 1, filters: failing })), error);
       assert(dialled.isClosed);
-    } finally {
-      Object.assign(Deno, { connect: dial });
-    }
+    });
   }
 });

@@ -12,7 +12,7 @@ import {
   receiveLate,
   withServer,
 } from "./datagrams.ts";
-import { networkTest, rejectionOf, until } from "./testing.ts";
+import { networkTest, rejectionOf, until, withDeno } from "./testing.ts";
 import { promises as dns } from "node:dns";
 
 /** Whether this machine has the address ::1. */
@@ -161,7 +161,6 @@ async function withSockets(
   datagrams: FakeDatagram[],
   test: (seen: { bound: string[]; sentTo: string[] }) => Promise<void>,
 ): Promise<void> {
-  const { listenDatagram } = Deno;
   const seen = { bound: [] as string[], sentTo: [] as string[] };
   const open = ({ hostname = "" }: Deno.UdpListenOptions) => {
     seen.bound.push(hostname);
@@ -179,12 +178,7 @@ async function withSockets(
       close: () => {},
     };
   };
-  Reflect.set(Deno, "listenDatagram", open);
-  try {
-    await test(seen);
-  } finally {
-    Reflect.set(Deno, "listenDatagram", listenDatagram);
-  }
+  await withDeno("listenDatagram", open, () => test(seen));
 }
 
 /** How a server's address is given, how its datagrams come, and where the client's own socket is. */

@@ -12,15 +12,18 @@ import {
 } from "../mod.ts";
 import { FakeTcpConn, turnEnd } from "./fake_conn.ts";
 import { withFakeTime } from "./fake_time.ts";
-import { Echo, FakeListener, FakeServer, networkTest, printedBy, rejectionOf, until, withServer } from "./testing.ts";
-
-/** Greets, and stays until its client leaves. */
-class Greeter extends StreamRequestHandler {
-  override async handle() {
-    await this.request.send("hello\n");
-    await this.request.recv();
-  }
-}
+import {
+  Echo,
+  FakeListener,
+  FakeServer,
+  FAULTS,
+  Greeter,
+  networkTest,
+  printedBy,
+  rejectionOf,
+  until,
+  withServer,
+} from "./testing.ts";
 
 /** Sends one line back. */
 class Once extends StreamRequestHandler {
@@ -230,14 +233,7 @@ networkTest("the stream of a getRequest() that throws after it made it is closed
   });
 });
 
-for (
-  const [how, fail] of [
-    ["throws", () => {
-      throw new TypeError("a bug in the hook");
-    }],
-    ["rejects", () => Promise.reject(new TypeError("a bug in the hook"))],
-  ] as const
-) {
+for (const [how, fail] of FAULTS) {
   networkTest(`a closeRequest() that ${how} is counted and printed, and its connection is closed`, async () => {
     class Faulty extends TcpServer {
       protected override closeRequest = fail;

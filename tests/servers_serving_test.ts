@@ -12,15 +12,7 @@ import {
 import { FakeTcpConn, turnEnd } from "./fake_conn.ts";
 import { withFakeTime } from "./fake_time.ts";
 import { onStage } from "./stage.ts";
-import { Echo, FakeListener, FakeServer, networkTest, rejectionOf, until, withServer } from "./testing.ts";
-
-/** Greets, and stays until its client leaves. */
-class Greeter extends StreamRequestHandler {
-  override async handle() {
-    await this.request.send("hello\n");
-    await this.request.recv();
-  }
-}
+import { Echo, FakeListener, FakeServer, Greeter, networkTest, rejectionOf, until, withServer } from "./testing.ts";
 
 /** Keeps the errors of its handlers. */
 class Telling extends TcpServer {

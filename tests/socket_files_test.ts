@@ -3,7 +3,7 @@
 import { assert, assertEquals, assertMatch, assertRejects } from "../deps.ts";
 import { connect, UnixDatagramServer, UnixServer } from "../mod.ts";
 import { assertServes as assertAnswers, EchoDatagram } from "./datagrams.ts";
-import { Echo, rejectionOf, unixTest } from "./testing.ts";
+import { Echo, exists, rejectionOf, unixTest, withDeno } from "./testing.ts";
 
 /** A kind of server. */
 interface Kind {
@@ -29,15 +29,6 @@ const KINDS: Kind[] = [{
   open: (path) => Deno.listenDatagram({ transport: "unixpacket", path }),
   assertServes: assertAnswers,
 }];
-
-function exists(path: string): boolean {
-  try {
-    Deno.lstatSync(path);
-    return true;
-  } catch {
-    return false; // Whatever it is, it is not there.
-  }
-}
 
 /** A server that serves until it goes out of scope. */
 async function running(server: UnixServer | UnixDatagramServer) {
@@ -138,15 +129,12 @@ for (const { name, make, open, assertServes } of KINDS) {
   unixTest(`${name} that cannot give its file the mode leaves no socket behind`, async (folder) => {
     const path = `${folder}/a.sock`;
     await using server = make(path, 0o600);
-    const { chmodSync } = Deno;
-    Reflect.set(Deno, "chmodSync", () => {
+    const fail = () => {
       throw new Deno.errors.PermissionDenied("Operation not permitted");
-    });
-    try {
+    };
+    await withDeno("chmodSync", fail, async () => {
       await assertRejects(async () => await server.listen(), Deno.errors.PermissionDenied);
-    } finally {
-      Reflect.set(Deno, "chmodSync", chmodSync);
-    }
+    });
     await server.listen();
     server.serveForever();
     await assertServes(path);

@@ -92,6 +92,17 @@ async function inFolder(fn: (folder: string) => Promise<void>): Promise<void> {
   }
 }
 
+/** Whether there is a file of any kind at `path`; a link counts as itself. */
+export function exists(path: string): boolean {
+  try {
+    Deno.lstatSync(path);
+    return true;
+  } catch (error) {
+    if (error instanceof Deno.errors.NotFound) return false;
+    throw error;
+  }
+}
+
 /** What `promise` rejects with; fails the test if it resolves. */
 export async function rejectionOf(promise: Promise<unknown>): Promise<Error> {
   let value: unknown;
@@ -135,6 +146,22 @@ export class Echo extends StreamRequestHandler {
   }
 }
 
+/** Greets, and stays until its client leaves. */
+export class Greeter extends StreamRequestHandler {
+  override async handle() {
+    await this.request.send("hello\n");
+    await this.request.recv();
+  }
+}
+
+/** How a hook may fail, and one that does. */
+export const FAULTS: [how: string, hook: () => Promise<never>][] = [
+  ["throws", () => {
+    throw new TypeError("a bug in the hook");
+  }],
+  ["rejects", () => Promise.reject(new TypeError("a bug in the hook"))],
+];
+
 /** Runs `test` with a server that serves, and with clients of it; ends them all. */
 export async function withServer<Server extends TcpServer>(
   server: Server,
@@ -156,17 +183,35 @@ export async function withServer<Server extends TcpServer>(
   }
 }
 
-/** Runs `action`; resolves to the arguments of each `console.error()` meanwhile, which prints nothing. */
-export async function printedBy(action: () => Promise<unknown>): Promise<unknown[][]> {
+/**
+ * Runs `action`, which sees the list grow; resolves to the arguments of each `console.error()` meanwhile, which prints
+ * nothing.
+ */
+export async function printedBy(action: (printed: unknown[][]) => unknown): Promise<unknown[][]> {
   const printed: unknown[][] = [];
   const { error } = console;
   console.error = (...args) => void printed.push(args);
   try {
-    await action();
+    await action(printed);
   } finally {
     console.error = error;
   }
   return printed;
+}
+
+/** Runs `test` while the runtime's `name` is `replacement`. */
+export async function withDeno(
+  name: keyof typeof Deno,
+  replacement: (...args: never[]) => unknown,
+  test: () => Promise<void>,
+): Promise<void> {
+  const original = Deno[name];
+  Reflect.set(Deno, name, replacement);
+  try {
+    await test();
+  } finally {
+    Reflect.set(Deno, name, original);
+  }
 }
 
 /** A listener that answers `accept()` with what a script says, and then waits until it is closed. */

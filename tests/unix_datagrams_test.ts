@@ -15,16 +15,7 @@ import {
   withServer,
 } from "./datagrams.ts";
 import { permissionsIn } from "./programs.ts";
-import { rejectionOf, unixTest, until } from "./testing.ts";
-
-function exists(path: string): boolean {
-  try {
-    Deno.lstatSync(path);
-    return true;
-  } catch {
-    return false; // Whatever it is, it is not there.
-  }
-}
+import { exists, rejectionOf, unixTest, until, withDeno } from "./testing.ts";
 
 // --- Requests and replies ----------------------------------------------------------
 
@@ -83,21 +74,19 @@ unixTest("a Unix reply closes the socket that it leaves by, whether it arrives o
   await withServer(new RecordingUnixServer({ path }, EchoDatagram), async (server, _address, dial) => {
     const client = dial({ path, localPath: `${folder}/client.sock` });
     assertEquals(await ask(client, "hello"), "hello");
-    Reflect.set(Deno, "listenDatagram", (options: Deno.UnixListenOptions & { transport: "unixpacket" }) => {
+    const counting = (options: Deno.UnixListenOptions & { transport: "unixpacket" }) => {
       const socket = listenDatagram(options);
       const { close } = socket;
       open++;
       return Object.assign(socket, { close: () => void (open--, close.call(socket)) });
-    });
-    try {
+    };
+    await withDeno("listenDatagram", counting, async () => {
       assertEquals(await ask(client, "hello again"), "hello again");
       await client.send("and goodbye");
       client.close();
       await until(() => server.stats.accepted === 3 && server.stats.active === 0);
       assertEquals(open, 0);
-    } finally {
-      Reflect.set(Deno, "listenDatagram", listenDatagram);
-    }
+    });
   });
 });
 

@@ -2,7 +2,7 @@
 
 import { assert, assertEquals, assertThrows } from "../deps.ts";
 import { connect, perHost, StreamRequestHandler, UnixServer } from "../mod.ts";
-import { Echo, peerTest, programTestIn, rejectionOf, unixTest } from "./testing.ts";
+import { Echo, peerTest, printedBy, programTestIn, rejectionOf, unixTest } from "./testing.ts";
 
 async function assertServes(path: string): Promise<void> {
   await using client = await connect({ path });
@@ -62,18 +62,13 @@ if (Deno.build.os === "linux") {
       const name = `socketserver-${crypto.randomUUID()}`;
       const bytes = new TextEncoder().encode(`\0${name}%c\n\x1b[31m\u202e`);
       const clientName = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
-      const printed: unknown[][] = [];
-      const print = console.error;
-      console.error = (...args) => void printed.push(args);
-      try {
+      const printed = await printedBy(async () => {
         await using server = new UnixServer({ path: `\0${name}` }, Faulty);
         await server.listen();
         server.serveForever();
         const python = new Deno.Command("python3", { args: ["-c", NAMED_CLIENT, name, clientName], stderr: "inherit" });
         assert((await python.output()).success);
-      } finally {
-        console.error = print;
-      }
+      });
       assertEquals(printed, [[String.raw`Error while serving @${name}%%c\n\x1b[31m\u202e:`, "a bug"]]);
     },
   );

@@ -24,7 +24,7 @@ import {
 } from "../../mod.ts";
 import { bytesOf, concat, FakeTcpConn } from "../fake_conn.ts";
 import { FakeServer, Peer } from "../programs.ts";
-import { FakeListener, networkTest, scaled, unixTest, until } from "../testing.ts";
+import { FakeListener, networkTest, printedBy, scaled, unixTest, until } from "../testing.ts";
 import { binary, checked, hex, tcp, tlv } from "./proxy_headers.ts";
 
 const CLIENT = tcp("203.0.113.7", 50_000);
@@ -338,10 +338,7 @@ for (const [what, bytes, sentence] of WRONG) {
 }
 
 networkTest("a wrong header is printed as one line without control characters and without a stack", async () => {
-  const printed: unknown[][] = [];
-  const { error } = console;
-  console.error = (...data) => void printed.push(data);
-  try {
+  await printedBy(async (printed) => {
     await using server = new TcpServer({ port: 0 }, Namer, FROM_LOOPBACK);
     const { port } = server.listen();
     server.serveForever();
@@ -351,9 +348,7 @@ networkTest("a wrong header is printed as one line without control characters an
     const line = printed[0]?.join(" ") ?? "";
     assertMatch(line, /begins with "HELO\\x1b\[2J\\n" \(PROXY 2\.2\)$/);
     assert(line.includes(`127.0.0.1:${peer.port}`));
-  } finally {
-    console.error = error;
-  }
+  });
 });
 
 for (const [what, header] of Object.entries(HEADERS)) {

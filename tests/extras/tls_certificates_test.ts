@@ -6,7 +6,7 @@ import { NativeTlsServer, tls, tlsClient, type TlsClientOptions, TlsServer, tlsS
 import type { TlsCertificate, TlsServerAddress } from "../../extras/tls.ts";
 import { type Certificates, openssl, selfSigned } from "../certificates.ts";
 import { Peer, Program } from "../programs.ts";
-import { Echo, rejectionOf, until } from "../testing.ts";
+import { Echo, printedBy, rejectionOf, until } from "../testing.ts";
 import { dial, serving, tlsTest, Who } from "./tls_peers.ts";
 
 // What can serve
@@ -347,20 +347,18 @@ tlsTest("a client that speaks plain HTTP, leaves or stalls is told apart", async
 
 tlsTest("a failed handshake is printed in one line", async (certificates) => {
   const { cert, key } = certificates.server;
-  const printed: string[] = [];
-  const print = console.error;
-  console.error = (...args: unknown[]) => printed.push(`${args.at(-1)}`);
-  try {
+  const [line] = await printedBy(async (printed) => {
     await using server = new TlsServer({ port: 0, cert, key }, Echo);
     const { port } = server.listen();
     server.serveForever();
     using peer = await Peer.connect(port);
     await peer.send("GET / HTTP/1.1\r\n\r\n");
     await until(() => printed.length === 1);
-  } finally {
-    console.error = print;
-  }
-  assertMatch(printed[0] ?? "", /^Handshake with 127\.0\.0\.1:\d+ failed: Cannot begin TLS: the peer does not [^\n]*$/);
+  });
+  assertMatch(
+    `${line?.at(-1)}`,
+    /^Handshake with 127\.0\.0\.1:\d+ failed: Cannot begin TLS: the peer does not [^\n]*$/,
+  );
 });
 
 tlsTest("connecting to something that is no TLS server fails with the reason", async ({ ca }) => {

@@ -4,7 +4,7 @@ import { WorkerPool } from "../../extras/worker_pool.ts";
 import { connect } from "../../mod.ts";
 import { assert, assertEquals, assertMatch, assertRejects } from "../../deps.ts";
 import { freePort, Program } from "../programs.ts";
-import { poolTest, programTest, programTestIn, rejectionOf, scaled, until } from "../testing.ts";
+import { poolTest, printedBy, programTest, programTestIn, rejectionOf, scaled, until } from "../testing.ts";
 import { makePool, type NotedPool } from "./pool_program.ts";
 import {
   ask,
@@ -262,17 +262,12 @@ programTest("a storm of workers that end leaves no descriptor behind", async () 
   assert(after <= before, `${before} descriptors before ${ENDS} ends, and ${after} after them`);
 });
 
-poolTest("an end is printed as one sentence with the error of the worker", () => {
+poolTest("an end is printed as one sentence with the error of the worker", async () => {
   const pool = new WorkerPool("file:///server.ts", makeUnused, { port: 0 });
-  const printed: unknown[][] = [];
-  const print = console.error;
-  console.error = (...data) => void printed.push(data);
-  try {
+  const printed = await printedBy(() => {
     pool.handleCrash(2, "TypeError: 100% wrong", 200);
     pool.handleCrash(2, "TypeError: oh", undefined);
-  } finally {
-    console.error = print;
-  }
+  });
   assertEquals(printed, [
     ["%s", "Worker 2 ended, another starts in 200 ms: TypeError: 100% wrong"],
     ["%s", "Worker 2 ended: TypeError: oh"],

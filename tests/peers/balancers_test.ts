@@ -16,7 +16,7 @@ import {
 import { type Balancer, type ClaimPort, startHaproxy, startNginx } from "./balancers.ts";
 import { withCertificates } from "../certificates.ts";
 import { Peer } from "../programs.ts";
-import { peerTest, until } from "../testing.ts";
+import { peerTest, printedBy, until } from "../testing.ts";
 
 const FROM_LOOPBACK: ServerOptions = { filters: [proxyProtocol({ from: ["127.0.0.1"] })] };
 
@@ -37,17 +37,12 @@ async function serving(
   options: ServerOptions = FROM_LOOPBACK,
 ): Promise<void> {
   Namer.headers = [];
-  const printed: unknown[][] = [];
-  const { error } = console;
-  console.error = (...data) => void printed.push(data);
-  try {
+  const printed = await printedBy(async () => {
     await using server = new TcpServer({ port: 0 }, Namer, options);
     const { port } = server.listen();
     server.serveForever();
     await test(server, port);
-  } finally {
-    console.error = error;
-  }
+  });
   assertEquals(printed, []);
 }
 

@@ -13,7 +13,7 @@ import {
   withServer,
 } from "../datagrams.ts";
 import { Program } from "../programs.ts";
-import { peerTest, programTestIn, until } from "../testing.ts";
+import { peerTest, printedBy, programTestIn, until } from "../testing.ts";
 import { startPython } from "./python.ts";
 
 /** A Python client, which sends the lines that it is given. */
@@ -106,18 +106,13 @@ for (const { name, way, words } of UNANSWERABLE) {
 
 peerTest(["python3"], "of many clients that cannot be answered the server prints one line", async (folder) => {
   const path = `${folder}/server.sock`;
-  const print = console.error;
-  const printed: unknown[][] = [];
-  console.error = (...args) => void printed.push(args);
-  try {
-    await withServer(new UnixDatagramServer({ path }, EchoDatagram), async (server) => {
+  const printed = await printedBy(() =>
+    withServer(new UnixDatagramServer({ path }, EchoDatagram), async (server) => {
       await using client = startUnixClient("anonymous", folder);
       await client.write("hello\n".repeat(20));
       await until(() => server.stats.aborted === 20);
-    });
-  } finally {
-    console.error = print;
-  }
+    })
+  );
   const lines = printed.map(([format, line]) => `${format} ${line}`);
   assert(lines.length <= 2, lines.join("\n")); // A busy machine may take more than a second.
   assertMatch(lines[0] ?? "", /^%s Cannot reply with 5 bytes to \(unnamed Unix socket\): the client [^\n]*$/);

@@ -3,9 +3,8 @@
 import { assert, assertEquals, assertMatch } from "../../deps.ts";
 import { portOf, Program, runScript, startScript, startServer, startUnixServer, unixPermissions } from "../programs.ts";
 import { startPython } from "./python.ts";
+import { STAMP, stamped, TIME } from "../scripts/kit.ts";
 import { peerTest, programTest, programTestIn, rejectionOf } from "../testing.ts";
-
-const STAMP = String.raw`[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4}`;
 
 peerTest(["python3"], "the tutorial's client talks to server.ts as it does to the tutorial's server", async () => {
   await using server = startServer();
@@ -13,7 +12,7 @@ peerTest(["python3"], "the tutorial's client talks to server.ts as it does to th
   await using client = startPython("client.py", ["127.0.0.1", String(port)]);
   for (const line of ["hello python", "你好", "hello pythontab"]) {
     await client.write(`${line}\n`);
-    await client.printed(new RegExp(String.raw`>>> \[${STAMP}\] ${line}\n`));
+    await client.printed(new RegExp(`>>> ${STAMP}${line}\n`));
   }
   await client.write("\n");
   assertEquals((await client.ended()).code, 0);
@@ -45,7 +44,7 @@ const LINE_ENDS = [
 
 for (const { file, opening, closing } of PYTHON_SERVERS) {
   for (const { flags, shown } of LINE_ENDS) {
-    const answer = (line: string) => `${opening}${STAMP}${closing} b'${line}${shown}'`;
+    const answer = (line: string) => `${opening}${TIME}${closing} b'${line}${shown}'`;
 
     peerTest(["python3"], `client.ts ${flags.join("")} is answered by the tutorial's ${file}`, async () => {
       await using server = startPython(file, ["0"]);
@@ -77,7 +76,7 @@ peerTest(["nc"], "nc talks to server.ts", async () => {
   const port = await portOf(server);
   await using nc = Program.start("nc", ["-N", "127.0.0.1", String(port)]);
   await nc.write("hello\n");
-  await nc.printed(new RegExp(String.raw`^\[${STAMP}\] hello\n$`));
+  await nc.printed(stamped("hello\n"));
   await nc.closeInput();
   assertEquals((await nc.ended()).code, 0);
 });
@@ -87,7 +86,7 @@ peerTest(["nc"], "nc -U talks to server.ts --unix", async (folder) => {
   await using _server = await startUnixServer(path);
   await using nc = Program.start("nc", ["-N", "-U", path]);
   await nc.write("hello\n");
-  await nc.printed(new RegExp(String.raw`^\[${STAMP}\] hello\n$`));
+  await nc.printed(stamped("hello\n"));
   await nc.closeInput();
   assertEquals((await nc.ended()).code, 0);
 });
@@ -99,7 +98,7 @@ programTestIn("client.ts --unix talks to server.ts --unix", async (folder) => {
     permissions: unixPermissions(path),
   });
   assertEquals(code, 0);
-  assertMatch(stdout, new RegExp(String.raw`^\[${STAMP}\] hello\n$`));
+  assertMatch(stdout, stamped("hello\n"));
   assert(server.stdout.includes("...connected from: (unnamed Unix socket)\n"));
 });
 
@@ -108,7 +107,7 @@ peerTest(["socat"], "socat talks to server.ts", async () => {
   const port = await portOf(server);
   await using socat = Program.start("socat", ["-", `TCP:127.0.0.1:${port}`]);
   await socat.write("hello\n");
-  await socat.printed(new RegExp(String.raw`^\[${STAMP}\] hello\n$`));
+  await socat.printed(stamped("hello\n"));
   await socat.closeInput();
   assertEquals((await socat.ended()).code, 0);
 });

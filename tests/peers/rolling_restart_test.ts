@@ -1,10 +1,9 @@
 /** Restarts that nobody notices: behind a balancer, and of the one process that serves a port. */
 
 import { assert, assertEquals } from "../../deps.ts";
-import { startHaproxy } from "./balancers.ts";
 import { Load } from "../faults/load.ts";
 import { Service } from "../programs.ts";
-import { runningFile } from "./running_files.ts";
+import { runningFile, startRunningHaproxy } from "./running_files.ts";
 import { peerTest, scaled } from "../testing.ts";
 
 const ROUNDS = scaled(1, 10);
@@ -74,15 +73,7 @@ peerTest(
     const args = ["--drain-delay", drainDelay, "--proxy-from", "127.0.0.1"];
     await using one = await Restartable.start(args);
     await using two = await Restartable.start(args);
-    const config = await runningFile("haproxy.cfg");
-    await using haproxy = await startHaproxy(folder, (claim) =>
-      config({
-        "0.0.0.0:8000": `127.0.0.1:${claim("front")}`,
-        "127.0.0.1:8009": `127.0.0.1:${one.port}`,
-        "port 18009": `port ${one.opsPort}`,
-        "127.0.0.1:8019": `127.0.0.1:${two.port}`,
-        "port 18019": `port ${two.opsPort}`,
-      }));
+    await using haproxy = await startRunningHaproxy(folder, one, two);
     const load = new Load(haproxy.port("front"), { brief: 30, lasting: 10, exchanges: 3 });
     for (let round = 1; round <= ROUNDS; round++) {
       for (const server of [one, two]) {

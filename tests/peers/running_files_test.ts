@@ -4,10 +4,9 @@
  */
 
 import { assert, assertEquals, assertMatch } from "../../deps.ts";
-import { startHaproxy } from "./balancers.ts";
 import { Load } from "../faults/load.ts";
 import { freePort, type Outcome, Peer, Program, Service } from "../programs.ts";
-import { runningFile } from "./running_files.ts";
+import { runningFile, startRunningHaproxy } from "./running_files.ts";
 import { peerTest } from "../testing.ts";
 
 const ROOT = new URL("../..", import.meta.url).pathname;
@@ -47,15 +46,7 @@ peerTest(["haproxy"], "haproxy.cfg: HAProxy has nothing to say against it", asyn
 
 peerTest(["haproxy"], "haproxy.cfg: an answer reaches a client that has half-closed", async (folder) => {
   await using service = await Service.start(["--proxy-from", "127.0.0.1"]);
-  const config = await runningFile("haproxy.cfg");
-  await using haproxy = await startHaproxy(folder, (claim) =>
-    config({
-      "0.0.0.0:8000": `127.0.0.1:${claim("front")}`,
-      "127.0.0.1:8009": `127.0.0.1:${service.port}`,
-      "port 18009": `port ${service.opsPort}`,
-      "127.0.0.1:8019": `127.0.0.1:${service.port}`,
-      "port 18019": `port ${service.opsPort}`,
-    }));
+  await using haproxy = await startRunningHaproxy(folder, service, service);
   assertMatch(await askAndEnd(haproxy.port("front")), isHello);
 });
 

@@ -13,32 +13,25 @@ import {
   Terminal,
 } from "../programs.ts";
 import { peerTest } from "../testing.ts";
+import { CTRL_D, ENTER, PlainServer, SANE } from "./kit.ts";
 
 /** Answers each line with "echo: " and the line. */
 async function echoLines(peer: Peer): Promise<void> {
   for (let text; (text = await peer.receive("\n")) !== "";) await peer.send(text.replace(/^/gm, "echo: ").slice(0, -6));
 }
 
-const ENTER = "\r";
 const [UP, DOWN, LEFT] = ["\x1b[A", "\x1b[B", "\x1b[D"];
-const [CTRL_C, CTRL_D, CTRL_L, CTRL_Z] = ["\x03", "\x04", "\x0c", "\x1a"];
-const SANE = "exit code 0, terminal as it was";
+const [CTRL_C, CTRL_L, CTRL_Z] = ["\x03", "\x0c", "\x1a"];
 
-function terminalOf(server: FakeServer, args: string[] = [], columns = 80): Terminal {
+function terminalOf(server: { readonly port: number }, args: string[] = [], columns = 80): Terminal {
   return new Terminal(["--port", String(server.port), ...args], { columns });
 }
 
-peerTest(["python3"], "a typed line is sent, and the answer printed above a new prompt", async () => {
-  await using server = new FakeServer(echoLines);
-  await using terminal = terminalOf(server);
-  await terminal.shows(">>>");
-  await terminal.type("hello");
-  await terminal.shows(">>> hello");
-  await terminal.type(ENTER);
-  await terminal.shows(">>> hello", "echo: hello", ">>>");
-  await terminal.type(`你好${ENTER}`);
-  await terminal.shows(">>> hello", "echo: hello", ">>> 你好", "echo: 你好", ">>>");
-});
+/** What both kinds of clients do. */
+const KINDS = [
+  { over: "TCP", flags: [], serve: () => new FakeServer(echoLines) },
+  { over: "UDP", flags: ["--udp"], serve: () => new PlainServer((text) => [`echo: ${text}`]) },
+];
 
 const ENDINGS = [
   { name: "an empty line", keys: ENTER },
@@ -47,13 +40,51 @@ const ENDINGS = [
   { name: "Ctrl-C behind half a line", keys: `half${CTRL_C}`, shown: ">>> half" },
 ];
 
-for (const { name, keys, shown = ">>>" } of ENDINGS) {
-  peerTest(["python3"], `${name} ends the client and leaves a sane terminal`, async () => {
-    await using server = new FakeServer(echoLines);
-    await using terminal = terminalOf(server);
+for (const { over, flags, serve } of KINDS) {
+  peerTest(["python3"], `a line typed over ${over} is sent, and the answer printed above a new prompt`, async () => {
+    await using server = serve();
+    await using terminal = terminalOf(server, flags);
     await terminal.shows(">>>");
-    await terminal.type(keys);
-    assertEquals(await terminal.ended(), { how: SANE, screen: [shown, ""] });
+    await terminal.type("hello");
+    await terminal.shows(">>> hello");
+    await terminal.type(ENTER);
+    await terminal.shows(">>> hello", "echo: hello", ">>>");
+    await terminal.type(`你好${ENTER}`);
+    await terminal.shows(">>> hello", "echo: hello", ">>> 你好", "echo: 你好", ">>>");
+    if (server instanceof PlainServer) assertEquals(server.received, ["hello", "你好"]); // Without its end.
+  });
+
+  for (const { name, keys, shown = ">>>" } of ENDINGS) {
+    peerTest(["python3"], `${name} ends the client over ${over} and leaves a sane terminal`, async () => {
+      await using server = serve();
+      await using terminal = terminalOf(server, flags);
+      await terminal.shows(">>>");
+      await terminal.type(keys);
+      assertEquals(await terminal.ended(), { how: SANE, screen: [shown, ""] });
+    });
+  }
+
+  for (const { name, keys } of ENDINGS.slice(0, 2)) {
+    peerTest(["python3"], `what is typed ahead over ${over} is answered before ${name} ends it`, async () => {
+      await using server = serve();
+      await using terminal = terminalOf(server, flags);
+      await terminal.shows(">>>");
+      await terminal.type(`one${ENTER}two${ENTER}${keys}`);
+      const { how, screen } = await terminal.ended();
+      assertEquals(how, SANE);
+      assertEquals(screen.filter((row) => row.startsWith("echo: ")), ["echo: one", "echo: two"]);
+    });
+  }
+
+  peerTest(["python3"], `a person may think for longer than --timeout over ${over}`, async () => {
+    await using server = serve();
+    await using terminal = terminalOf(server, [...flags, "--timeout", "50"]);
+    await terminal.shows(">>>");
+    // Another client that is started now runs for longer than that.
+    await using other = Program.start(Deno.execPath(), ["eval", "await new Promise((done) => setTimeout(done, 100))"]);
+    assertEquals((await other.ended()).code, 0);
+    await terminal.type(`hello${ENTER}`);
+    await terminal.shows(">>> hello", "echo: hello", ">>>");
   });
 }
 
@@ -64,22 +95,6 @@ peerTest(["python3"], "a server that does not close its end is left after a mome
   await terminal.type(CTRL_D);
   assertEquals(await terminal.ended(), { how: SANE, screen: [">>>", ""] });
 });
-
-for (const ending of [ENTER, CTRL_D]) {
-  peerTest(
-    ["python3"],
-    `what is typed ahead is answered before ${ending === ENTER ? "the empty line" : "Ctrl-D"} ends it`,
-    async () => {
-      await using server = new FakeServer(echoLines);
-      await using terminal = terminalOf(server);
-      await terminal.shows(">>>");
-      await terminal.type(`one${ENTER}two${ENTER}${ending}`);
-      const { how, screen } = await terminal.ended();
-      assertEquals(how, SANE);
-      assertEquals(screen.filter((row) => row.startsWith("echo: ")), ["echo: one", "echo: two"]);
-    },
-  );
-}
 
 peerTest(["python3"], "with --keep-open an empty line asks again and sends nothing", async () => {
   await using server = new FakeServer(echoLines);
@@ -221,17 +236,6 @@ peerTest(["python3"], "a server that cannot be reached leaves the terminal sane"
   const { how, screen } = await terminal.ended();
   assertEquals(how, "exit code 1, terminal as it was");
   assertMatch(screen.join("\n"), /^client\.ts: .* connection refused; /);
-});
-
-peerTest(["python3"], "a person may think for longer than --timeout", async () => {
-  await using server = new FakeServer(echoLines);
-  await using terminal = terminalOf(server, ["--timeout", "50"]);
-  await terminal.shows(">>>");
-  // Another client that is started now runs for longer than that.
-  await using other = Program.start(Deno.execPath(), ["eval", "await new Promise((done) => setTimeout(done, 100))"]);
-  assertEquals((await other.ended()).code, 0);
-  await terminal.type(`hello${ENTER}`);
-  await terminal.shows(">>> hello", "echo: hello", ">>>");
 });
 
 peerTest(["python3"], "messages are not asked for on a terminal", async () => {

@@ -16,13 +16,7 @@ import {
   TalkingServer,
 } from "../programs.ts";
 import { peerTest, programTest } from "../testing.ts";
-
-const STAMP = String.raw`\[[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4}\] `;
-
-/** A pattern for `chunks`, each behind its stamp, and for nothing else. */
-function stamped(...chunks: string[]): RegExp {
-  return new RegExp(`^${chunks.map((chunk) => STAMP + chunk).join("")}$`);
-}
+import { STAMP, stamped } from "./kit.ts";
 
 /** Answers each chunk with itself. */
 async function echo(peer: Peer): Promise<void> {
@@ -158,20 +152,6 @@ programTest("what the server says behind the half-close is printed", async () =>
 });
 
 // --- Flags ------------------------------------------------------------------------
-
-const TOLD = [
-  { flag: "--help", told: /^Sends what .*\nUsage: .*--hostname HOST.*--port PORT.*--unix PATH/s },
-  { flag: "-h", told: /^Sends what .*\nUsage: / },
-  { flag: "--version", told: /^client\.ts \d+\.\d+\.\d+\n$/ },
-];
-
-for (const { flag, told } of TOLD) {
-  programTest(`client.ts ${flag} needs no permission and ends with 0`, async () => {
-    const { code, stdout, stderr } = await runScript("client.ts", [flag], { permissions: [] });
-    assertEquals([code, stderr], [0, ""]);
-    assertMatch(stdout, told);
-  });
-}
 
 programTest("--retries waits for a server that comes later", async () => {
   const port = freePort();

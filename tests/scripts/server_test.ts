@@ -16,14 +16,7 @@ import {
   unixPermissions,
 } from "../programs.ts";
 import { peerTest, programTest, programTestIn } from "../testing.ts";
-
-const STAMP = String.raw`\[[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4}\] `;
-const STAMP_LENGTH = "[Thu Sep 15 22:29:12 2016] ".length;
-
-/** A pattern for `chunks`, each behind its stamp, and for nothing else. */
-function stamped(...chunks: string[]): RegExp {
-  return new RegExp(`^${chunks.map((chunk) => STAMP + chunk).join("")}$`);
-}
+import { STAMP_LENGTH, stamped } from "./kit.ts";
 
 // --- Answers ------------------------------------------------------------------
 
@@ -170,20 +163,6 @@ programTest("--quiet prints nothing", async () => {
   server.kill("SIGTERM");
   assertEquals(await server.ended(), { code: 0, stdout: "", stderr: "", bytes: new Uint8Array() });
 });
-
-const TOLD = [
-  { flag: "--help", told: /^Answers what .*\nUsage: .*--hostname HOST.*--port PORT.*--unix PATH/s },
-  { flag: "-h", told: /^Answers what .*\nUsage: / },
-  { flag: "--version", told: /^server\.ts \d+\.\d+\.\d+\n$/ },
-];
-
-for (const { flag, told } of TOLD) {
-  programTest(`server.ts ${flag} needs no permission and ends with 0`, async () => {
-    const { code, stdout, stderr } = await runScript("server.ts", [flag], { permissions: [] });
-    assertEquals([code, stderr], [0, ""]);
-    assertMatch(stdout, told);
-  });
-}
 
 // --- Failures -----------------------------------------------------------------
 

@@ -4,8 +4,7 @@ import { assertEquals, assertMatch } from "../../deps.ts";
 import { type Certificates, withCertificates } from "../certificates.ts";
 import { assertFailed, permissionsIn, portOf, Program, runScript, startScript } from "../programs.ts";
 import { peerTest } from "../testing.ts";
-
-const STAMP = String.raw`\[[^\]]+\] `;
+import { STAMP, stamped } from "./kit.ts";
 
 function scriptTest(name: string, test: (certificates: Certificates) => Promise<void>): void {
   peerTest(["openssl"], name, () => withCertificates(test));
@@ -23,7 +22,7 @@ scriptTest("the two scripts talk to each other over TLS", async (certificates) =
   const args = ["--port", String(await portOf(server)), "--tls", "--ca", certFile, "hello", "again"];
   const { code, stdout, stderr } = await runScript("client.ts", args, { permissions });
   assertEquals([code, stderr], [0, ""]);
-  assertMatch(stdout, new RegExp(`^${STAMP}hello\n${STAMP}again\n$`));
+  assertMatch(stdout, stamped("hello\n", "again\n"));
   server.kill("SIGTERM");
   const ended = await server.ended();
   assertEquals(ended.code, 0);

@@ -13,14 +13,7 @@ import {
   Terminal,
 } from "../programs.ts";
 import { peerTest, programTest, programTestIn } from "../testing.ts";
-
-const STAMP = String.raw`\[[A-Z][a-z]{2} [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4}\] `;
-const STAMP_LENGTH = "[Thu Sep 15 22:29:12 2016] ".length;
-
-/** A pattern for `chunks`, each behind its stamp, and for nothing else. */
-function stamped(...chunks: string[]): RegExp {
-  return new RegExp(`^${chunks.map((chunk) => STAMP + chunk).join("")}$`);
-}
+import { ENTER, PlainServer, SANE, STAMP_LENGTH, stamped } from "./kit.ts";
 
 /** The client ends the line of an answer that has no end. */
 function asLine(answer: string): string {
@@ -29,37 +22,6 @@ function asLine(answer: string): string {
 
 function runClient(port: number, args: string[], input: string | Uint8Array = ""): Promise<Outcome> {
   return runScript("client.ts", ["--udp", "--port", String(port), ...args], { input });
-}
-
-/** A server of the test's own, without the library, which answers with what `answer` makes of each datagram. */
-class PlainServer implements AsyncDisposable {
-  readonly received: string[] = [];
-  readonly #socket = Deno.listenDatagram({ transport: "udp", hostname: "127.0.0.1", port: 0 });
-  readonly #answer: (text: string) => string[];
-  readonly #over: Promise<void>;
-
-  constructor(answer: (text: string) => string[]) {
-    this.#answer = answer;
-    this.#over = this.#serve();
-  }
-
-  get port(): number {
-    const { addr } = this.#socket;
-    return addr.transport === "udp" ? addr.port : NaN;
-  }
-
-  async [Symbol.asyncDispose](): Promise<void> {
-    this.#socket.close();
-    await this.#over;
-  }
-
-  async #serve(): Promise<void> {
-    for await (const [data, from] of this.#socket) {
-      const text = new TextDecoder().decode(data);
-      this.received.push(text);
-      for (const answer of this.#answer(text)) await this.#socket.send(new TextEncoder().encode(answer), from);
-    }
-  }
 }
 
 /** A port that was free a moment ago. */
@@ -161,11 +123,6 @@ for (const script of ["server.ts", "client.ts"] as const) {
     const outcome = await runScript(script, ["--udp"], { permissions, input: "hello" });
     assertFailed(outcome, 1, new RegExp(`^${script}: .*run again with --unstable-net\n$`));
   });
-
-  programTest(`${script} --help tells of --udp and its flag`, async () => {
-    const { stdout } = await runScript(script, ["--help"], { permissions: [] });
-    assertMatch(stdout, /--udp.*\s.*--unstable-net/);
-  });
 }
 
 programTest("a port in use is one sentence and exit code 1", async () => {
@@ -245,45 +202,10 @@ programTest("the missing permission of client.ts --udp is named, and with exactl
   assertEquals(stdout, "echo: hello\n");
 });
 
-// --- On a terminal ------------------------------------------------------------------
-
-const ENTER = "\r";
-const CTRL_D = "\x04";
-const SANE = "exit code 0, terminal as it was";
+// --- On a terminal; what holds for TCP too is in client_terminal_test.ts -------------
 
 function terminalOf(server: PlainServer, args: string[] = []): Terminal {
   return new Terminal(["--udp", "--port", String(server.port), ...args]);
-}
-
-peerTest(["python3"], "a typed line is sent without its end, and the answer printed above a new prompt", async () => {
-  await using server = new PlainServer(echo);
-  await using terminal = terminalOf(server);
-  await terminal.shows(">>>");
-  await terminal.type(`hello${ENTER}`);
-  await terminal.shows(">>> hello", "echo: hello", ">>>");
-  await terminal.type(`你好${ENTER}`);
-  await terminal.shows(">>> hello", "echo: hello", ">>> 你好", "echo: 你好", ">>>");
-  assertEquals(server.received, ["hello", "你好"]);
-});
-
-for (const [name, ending] of [["an empty line", ENTER], ["Ctrl-D", CTRL_D]] as const) {
-  peerTest(["python3"], `${name} ends the client`, async () => {
-    await using server = new PlainServer(echo);
-    await using terminal = terminalOf(server);
-    await terminal.shows(">>>");
-    await terminal.type(ending);
-    assertEquals(await terminal.ended(), { how: SANE, screen: [">>>", ""] });
-  });
-
-  peerTest(["python3"], `what is typed ahead is answered before ${name} ends it`, async () => {
-    await using server = new PlainServer(echo);
-    await using terminal = terminalOf(server);
-    await terminal.shows(">>>");
-    await terminal.type(`one${ENTER}two${ENTER}${ending}`);
-    const { how, screen } = await terminal.ended();
-    assertEquals(how, SANE);
-    assertEquals(screen.filter((row) => row.startsWith("echo: ")), ["echo: one", "echo: two"]);
-  });
 }
 
 peerTest(["python3"], "an empty answer is shown as an empty line", async () => {
@@ -302,22 +224,16 @@ peerTest(["python3"], "several answers to one line are all printed", async () =>
   await terminal.shows(">>> hello", "first: hello", "second: hello", ">>>");
 });
 
-peerTest(["python3"], "a person may think for longer than --timeout, but a server may not", async () => {
+peerTest(["python3"], "a server may not think for longer than --timeout about a typed line", async () => {
   await using server = new PlainServer((text) => text === "hello" ? echo(text) : []);
   await using terminal = terminalOf(server, ["--timeout", "50"]);
   await terminal.shows(">>>");
-  // Another client that is started now runs for longer than that.
-  await using other = Program.start(Deno.execPath(), ["eval", "await new Promise((done) => setTimeout(done, 100))"]);
-  assertEquals((await other.ended()).code, 0);
   await terminal.type(`hello${ENTER}`);
   await terminal.shows(">>> hello", "echo: hello", ">>>");
   await terminal.type(`silence${ENTER}`);
   const { how, screen } = await terminal.ended();
   assertEquals(how, "exit code 1, terminal as it was");
-  assertEquals(screen.slice(-2), [
-    "client.ts: no answer came within --timeout",
-    "",
-  ]);
+  assertEquals(screen.slice(-2), ["client.ts: no answer came within --timeout", ""]);
 });
 
 peerTest(["python3"], "an answer to a message ends its line on a terminal", async () => {

@@ -8,9 +8,15 @@
 
 import {
   type Datagram,
+  type DatagramRequestHandlerClass,
+  type DatagramServer,
+  type DatagramServerOptions,
+  type ServerOptions,
   type ShutdownReport,
   type SocketStream,
   type StreamConn,
+  type StreamRequestHandlerClass,
+  type StreamServer,
   TcpServer,
   UdpServer,
   UnixDatagramServer,
@@ -48,235 +54,156 @@ async function openWhenIdle(): Promise<number> {
 
 // --- Servers
 
-class ModelTcpServer extends TcpServer {
-  readonly recorder: Recorder;
-
-  constructor({ port, handler }: Command, maxConnections: number, recorder: Recorder) {
-    super({ port }, HANDLERS[handler] ?? Echo, { maxConnections });
-    this.recorder = recorder;
-  }
-
-  override listen() {
-    this.recorder.bind();
-    return super.listen();
-  }
-
-  override close() {
-    this.recorder.tellServer("server_close");
-    super.close();
-  }
-
-  override shutdown(options?: { grace?: number }): Promise<ShutdownReport> {
-    this.recorder.tellServer("shutdown");
-    return super.shutdown(options);
-  }
-
-  override getRequest(conn: StreamConn) {
-    const request = super.getRequest(conn);
-    this.recorder.getRequest(request, request.remoteAddress);
-    return request;
-  }
-
-  override verifyRequest(request: SocketStream) {
-    return this.recorder.verifyRequest(request);
-  }
-
-  override async processRequest(request: SocketStream, clientAddress: Deno.Addr) {
-    if (this.recorder.processRequest(request)) await super.processRequest(request, clientAddress);
-    else this.recorder.aside.push(request);
-  }
-
-  override async finishRequest(request: SocketStream, clientAddress: Deno.Addr) {
-    this.recorder.tell("finish_request", request);
-    await super.finishRequest(request, clientAddress);
-  }
-
-  override handleError(error: unknown, clientAddress: Deno.Addr) {
-    this.recorder.handleError(error, clientAddress);
-  }
-
-  override handleTimeout() {
-    this.recorder.say("handle_timeout");
-  }
-
-  override serviceActions() {
-    this.recorder.serviceActions();
-  }
-
-  protected override async closeRequest(request: SocketStream) {
-    await this.recorder.closeRequest(request, () => super.closeRequest(request));
-  }
+/** What a class of servers of streams makes; unlike `StreamServer`, it knows how to listen. */
+interface ListeningStreamServer extends StreamServer {
+  listen(): Deno.Addr | Promise<Deno.Addr>;
 }
 
-class ModelUnixServer extends UnixServer {
-  readonly recorder: Recorder;
+/** The servers of `Base` that tell what their hooks do. */
+function modelOfStreams<Address>(
+  Base: new (address: Address, Handler: StreamRequestHandlerClass, options: ServerOptions) => ListeningStreamServer,
+) {
+  return class extends Base {
+    readonly recorder: Recorder;
 
-  constructor({ path, handler }: Command, maxConnections: number, recorder: Recorder) {
-    super({ path }, HANDLERS[handler] ?? Echo, { maxConnections });
-    this.recorder = recorder;
-  }
+    constructor(address: Address, handler: string, maxConnections: number, recorder: Recorder) {
+      super(address, HANDLERS[handler] ?? Echo, { maxConnections });
+      this.recorder = recorder;
+    }
 
-  override listen() {
-    this.recorder.bind();
-    return super.listen();
-  }
+    override listen() {
+      this.recorder.bind();
+      return super.listen();
+    }
 
-  override close() {
-    this.recorder.tellServer("server_close");
-    super.close();
-  }
+    override close() {
+      this.recorder.tellServer("server_close");
+      super.close();
+    }
 
-  override shutdown(options?: { grace?: number }): Promise<ShutdownReport> {
-    this.recorder.tellServer("shutdown");
-    return super.shutdown(options);
-  }
+    override shutdown(options?: { grace?: number }): Promise<ShutdownReport> {
+      this.recorder.tellServer("shutdown");
+      return super.shutdown(options);
+    }
 
-  override getRequest(conn: StreamConn) {
-    const request = super.getRequest(conn);
-    this.recorder.getRequest(request, request.remoteAddress);
-    return request;
-  }
+    override getRequest(conn: StreamConn) {
+      const request = super.getRequest(conn);
+      this.recorder.getRequest(request, request.remoteAddress);
+      return request;
+    }
 
-  override verifyRequest(request: SocketStream) {
-    return this.recorder.verifyRequest(request);
-  }
+    override verifyRequest(request: SocketStream) {
+      return this.recorder.verifyRequest(request);
+    }
 
-  override async processRequest(request: SocketStream, clientAddress: Deno.Addr) {
-    if (this.recorder.processRequest(request)) await super.processRequest(request, clientAddress);
-    else this.recorder.aside.push(request);
-  }
+    override async processRequest(request: SocketStream, clientAddress: Deno.Addr) {
+      if (this.recorder.processRequest(request)) await super.processRequest(request, clientAddress);
+      else this.recorder.aside.push(request);
+    }
 
-  override async finishRequest(request: SocketStream, clientAddress: Deno.Addr) {
-    this.recorder.tell("finish_request", request);
-    await super.finishRequest(request, clientAddress);
-  }
+    override async finishRequest(request: SocketStream, clientAddress: Deno.Addr) {
+      this.recorder.tell("finish_request", request);
+      await super.finishRequest(request, clientAddress);
+    }
 
-  override handleError(error: unknown, clientAddress: Deno.Addr) {
-    this.recorder.handleError(error, clientAddress);
-  }
+    override handleError(error: unknown, clientAddress: Deno.Addr) {
+      this.recorder.handleError(error, clientAddress);
+    }
 
-  override handleTimeout() {
-    this.recorder.say("handle_timeout");
-  }
+    override handleTimeout() {
+      this.recorder.say("handle_timeout");
+    }
 
-  override serviceActions() {
-    this.recorder.serviceActions();
-  }
+    override serviceActions() {
+      this.recorder.serviceActions();
+    }
 
-  protected override async closeRequest(request: SocketStream) {
-    await this.recorder.closeRequest(request, () => super.closeRequest(request));
-  }
+    protected override async closeRequest(request: SocketStream) {
+      await this.recorder.closeRequest(request, () => super.closeRequest(request));
+    }
+  };
 }
 
-class ModelUdpServer extends UdpServer {
-  readonly recorder: Recorder;
+const ModelTcpServer = modelOfStreams(TcpServer);
+const ModelUnixServer = modelOfStreams(UnixServer);
 
-  constructor({ port, handler }: Command, maxConcurrent: number, recorder: Recorder) {
-    super({ port }, DATAGRAM_HANDLERS[handler] ?? DatagramEcho, { maxConcurrent });
-    this.recorder = recorder;
-  }
-
-  override listen() {
-    this.recorder.bind();
-    return super.listen();
-  }
-
-  override close() {
-    this.recorder.tellServer("server_close");
-    super.close();
-  }
-
-  override shutdown(options?: { grace?: number }): Promise<ShutdownReport> {
-    this.recorder.tellServer("shutdown");
-    return super.shutdown(options);
-  }
-
-  /** A server of datagrams has no getRequest(); this is its first hook. */
-  override verifyRequest(request: Datagram, clientAddress: Deno.Addr) {
-    this.recorder.getRequest(request, clientAddress);
-    return this.recorder.verifyRequest(request);
-  }
-
-  override async processRequest(request: Datagram, clientAddress: Deno.Addr) {
-    if (this.recorder.processRequest(request)) await super.processRequest(request, clientAddress);
-  }
-
-  override async finishRequest(request: Datagram, clientAddress: Deno.Addr) {
-    this.recorder.tell("finish_request", request);
-    await super.finishRequest(request, clientAddress);
-  }
-
-  override handleError(error: unknown, clientAddress: Deno.Addr) {
-    this.recorder.handleError(error, clientAddress);
-  }
-
-  override handleTimeout() {
-    this.recorder.say("handle_timeout");
-  }
+/** The same for servers of datagrams. */
+interface ListeningDatagramServer extends DatagramServer {
+  listen(): Deno.Addr | Promise<Deno.Addr>;
 }
 
-class ModelUnixDatagramServer extends UnixDatagramServer {
-  readonly recorder: Recorder;
+function modelOfDatagrams<Address>(
+  Base: new (
+    address: Address,
+    Handler: DatagramRequestHandlerClass,
+    options: DatagramServerOptions,
+  ) => ListeningDatagramServer,
+) {
+  return class extends Base {
+    readonly recorder: Recorder;
 
-  constructor({ path, handler }: Command, maxConcurrent: number, recorder: Recorder) {
-    super({ path }, DATAGRAM_HANDLERS[handler] ?? DatagramEcho, { maxConcurrent });
-    this.recorder = recorder;
-  }
+    constructor(address: Address, handler: string, maxConcurrent: number, recorder: Recorder) {
+      super(address, DATAGRAM_HANDLERS[handler] ?? DatagramEcho, { maxConcurrent });
+      this.recorder = recorder;
+    }
 
-  override listen() {
-    this.recorder.bind();
-    return super.listen();
-  }
+    override listen() {
+      this.recorder.bind();
+      return super.listen();
+    }
 
-  override close() {
-    this.recorder.tellServer("server_close");
-    super.close();
-  }
+    override close() {
+      this.recorder.tellServer("server_close");
+      super.close();
+    }
 
-  override shutdown(options?: { grace?: number }): Promise<ShutdownReport> {
-    this.recorder.tellServer("shutdown");
-    return super.shutdown(options);
-  }
+    override shutdown(options?: { grace?: number }): Promise<ShutdownReport> {
+      this.recorder.tellServer("shutdown");
+      return super.shutdown(options);
+    }
 
-  /** A server of datagrams has no getRequest(); this is its first hook. */
-  override verifyRequest(request: Datagram, clientAddress: Deno.Addr) {
-    this.recorder.getRequest(request, clientAddress);
-    return this.recorder.verifyRequest(request);
-  }
+    /** A server of datagrams has no getRequest(); this is its first hook. */
+    override verifyRequest(request: Datagram, clientAddress: Deno.Addr) {
+      this.recorder.getRequest(request, clientAddress);
+      return this.recorder.verifyRequest(request);
+    }
 
-  override async processRequest(request: Datagram, clientAddress: Deno.Addr) {
-    if (this.recorder.processRequest(request)) await super.processRequest(request, clientAddress);
-  }
+    override async processRequest(request: Datagram, clientAddress: Deno.Addr) {
+      if (this.recorder.processRequest(request)) await super.processRequest(request, clientAddress);
+    }
 
-  override async finishRequest(request: Datagram, clientAddress: Deno.Addr) {
-    this.recorder.tell("finish_request", request);
-    await super.finishRequest(request, clientAddress);
-  }
+    override async finishRequest(request: Datagram, clientAddress: Deno.Addr) {
+      this.recorder.tell("finish_request", request);
+      await super.finishRequest(request, clientAddress);
+    }
 
-  override handleError(error: unknown, clientAddress: Deno.Addr) {
-    this.recorder.handleError(error, clientAddress);
-  }
+    override handleError(error: unknown, clientAddress: Deno.Addr) {
+      this.recorder.handleError(error, clientAddress);
+    }
 
-  override handleTimeout() {
-    this.recorder.say("handle_timeout");
-  }
+    override handleTimeout() {
+      this.recorder.say("handle_timeout");
+    }
+  };
 }
 
-type ModelServer = ModelTcpServer | ModelUnixServer | ModelUdpServer | ModelUnixDatagramServer;
+const ModelUdpServer = modelOfDatagrams(UdpServer);
+const ModelUnixDatagramServer = modelOfDatagrams(UnixDatagramServer);
+
+type ModelServer = InstanceType<typeof ModelTcpServer> | InstanceType<typeof ModelUdpServer>;
 
 /** Python's kinds, by how many clients they serve at once. */
 const AT_ONCE: Record<string, number> = { TCPServer: 1, UnixStreamServer: 1, UDPServer: 1, UnixDatagramServer: 1 };
 
-function make(command: Command): ModelServer {
-  const recorder = new Recorder(command.server, command.quirk);
-  if (command.kind.endsWith("UDPServer")) return new ModelUdpServer(command, AT_ONCE[command.kind] ?? 1_000, recorder);
-  if (command.kind.endsWith("DatagramServer")) {
-    return new ModelUnixDatagramServer(command, AT_ONCE[command.kind] ?? 1_000, recorder);
-  }
-  const maxConnections = AT_ONCE[command.kind] ?? Infinity;
-  return command.path === ""
-    ? new ModelTcpServer(command, maxConnections, recorder)
-    : new ModelUnixServer(command, maxConnections, recorder);
+function make({ server, kind, path, port, handler, quirk }: Command): ModelServer {
+  const recorder = new Recorder(server, quirk);
+  const maxConcurrent = AT_ONCE[kind] ?? 1_000;
+  if (kind.endsWith("UDPServer")) return new ModelUdpServer({ port }, handler, maxConcurrent, recorder);
+  if (kind.endsWith("DatagramServer")) return new ModelUnixDatagramServer({ path }, handler, maxConcurrent, recorder);
+  const maxConnections = AT_ONCE[kind] ?? Infinity;
+  return path === ""
+    ? new ModelTcpServer({ port }, handler, maxConnections, recorder)
+    : new ModelUnixServer({ path }, handler, maxConnections, recorder);
 }
 
 function makePlain({ path, port }: Command): TcpServer | UnixServer {
