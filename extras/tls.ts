@@ -175,7 +175,9 @@ function certificatesIn(name: string, text: string): Certificate[] {
   const found = attempt(() => blocks.map(parse), `${name} holds a damaged certificate; export it again`);
   if (found.length > 0) return found;
   const isKey = name === "cert" && pemBlocks(text, /PRIVATE KEY$/).length > 0;
-  const advice = isKey ? "it holds a key, so cert and key may be swapped" : "give it the text of the certificate's file";
+  const advice = isKey
+    ? "it holds a key, so cert and key may be swapped"
+    : "give it the text of the certificate's file";
   throw invalid(`${name} holds no certificate in PEM form; ${advice}`);
 }
 

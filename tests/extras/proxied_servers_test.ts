@@ -316,7 +316,11 @@ networkTest('with others: "direct" a proxy still must send a header', async () =
 /** Bytes that are not a header, and the error that handleError() gets. */
 const WRONG: [string, Uint8Array, RegExp][] = [
   ["plain text", bytesOf("GET / HTTP/1.1\r\n"), /begins with "GET \/ HTTP\/1\.1\\r\\n" \(PROXY 2\.2\)$/],
-  ["a ClientHello", new Uint8Array([0x16, 3, 1, 2, 0]), /begins with "\\x16\\x03\\x01\\x02\\x00", which is TLS: let the proxy send the header \(PROXY 2\.2\)$/],
+  [
+    "a ClientHello",
+    new Uint8Array([0x16, 3, 1, 2, 0]),
+    /begins with "\\x16\\x03\\x01\\x02\\x00", which is TLS: let the proxy send the header \(PROXY 2\.2\)$/,
+  ],
   ["a wrong address", bytesOf("PROXY TCP4 203.0.113.07 198.51.100.2 1 2\r\n"), /"203\.0\.113\.07" is not an IPv4/],
   ["an endless line", bytesOf(`PROXY UNKNOWN ${"x".repeat(10_000)}`), /more than 107 bytes/],
 ];
