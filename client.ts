@@ -62,8 +62,9 @@ class Server {
   async hear(print: Print): Promise<void> {
     try {
       for (let data; (data = await this.#recv()) !== null; this.#wake()) {
-        const isTlsAlert = data.length === 7 && data[0] === 0x15 && data[1] === 3; // RFC 8446, 5.1 and 6.
-        if (isTlsAlert && this.#isAsked) throw new Error("the server speaks TLS; run again with --tls");
+        const isFirst = this.#peer instanceof SocketStream && !this.#peer.under.under && this.#peer.bytesRead === 7;
+        const isTlsAlert = isFirst && /^21,3,[0-4],0,2,2,/.test(data.join()); // RFC 8446, 5.1 and 6: a fatal one.
+        if (isTlsAlert) throw new Error("the server speaks TLS; run again with --tls");
         this.#isAsked = false;
         await print(data);
       }
@@ -238,7 +239,7 @@ const FLAGS = [
 ] as const satisfies FlagTable<string>;
 
 const USAGE = `Sends what is typed, a line at a time, and prints what comes back.
-Usage: deno run --allow-net client.ts [FLAG...] [MESSAGE...]
+Usage: deno run --allow-net client.ts [FLAG...] [--] [MESSAGE...]
 %s
 
 On a terminal an empty line, Ctrl-C or Ctrl-D ends it. Piped lines, and MESSAGEs, each wait for an answer to the last.

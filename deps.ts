@@ -26,7 +26,7 @@ function parseFlags<Flag extends string>(args: string[], table: FlagTable<Flag>)
     return { flags, others: positionals };
   } catch (error) {
     if (!(error instanceof TypeError)) throw error;
-    const [sentence = ""] = error.message.split(/\.?\n|\. /);
+    const [sentence = ""] = error.message.split(/\. To specify a positional|\.\nDid you forget/);
     const plain = sentence.replace("is ambiguous", "is missing, or begins with a dash");
     throw new UsageError(plain.charAt(0).toLowerCase() + plain.slice(1));
   }

@@ -1044,7 +1044,7 @@ const decoder = new TextDecoder("utf-8", { ignoreBOM: true });
 class Input {
   /** The buffer, or what is left of it behind the chunks of callers. */
   #bytes = NO_BYTES;
-  /** The bytes of the whole buffer. */
+  /** The length of the whole buffer. */
   #size = 0;
   #ours = 0;
   #start = 0;
@@ -1091,7 +1091,9 @@ class Input {
 
   #makeRoomBehind(): void {
     const { length } = this;
-    if (length <= this.#bytes.length - this.#ours - length) {
+    const left = this.#bytes.length - this.#ours;
+    const isEnough = left === this.#size || left - length >= this.#lastCount;
+    if (length <= left - length && isEnough) {
       this.#bytes.copyWithin(this.#ours, this.#start, this.#end);
       this.#start = this.#ours;
       this.#end = this.#ours + length;
@@ -1113,9 +1115,9 @@ class Input {
 
   /** Takes in `count` bytes that were put into the room. */
   commit(count: number): void {
-    this.#lastCount = count;
     this.#end += count;
     const isFull = this.#end === this.#bytes.length;
+    this.#lastCount = isFull ? count * 2 : count; // More of it would have come.
     if (isFull && count > this.#size >> 1) this.#resize(Math.min(this.#wanted * 4, MAX_BUFFER_BYTES));
     else if (count > this.#size >> 3 || this.#size <= BUSY_BUFFER_BYTES) this.#smallReads = 0;
     else if (++this.#smallReads === SMALL_READS_BEFORE_SHRINKING) {
@@ -2015,8 +2017,8 @@ class Transport implements Watched {
   /** The outcome if the handler threw nothing: a deadline closed it, or its peer left before it took all bytes. */
   get silentOutcome(): "aborted" | "timedOut" | undefined {
     const unsent = this.#lingering && this.output.failure;
-    if ((this.#failure ?? unsent) instanceof Deno.errors.TimedOut) return "timedOut";
-    return unsent && "aborted";
+    const isLate = this.#failure instanceof Deno.errors.TimedOut || unsent instanceof Deno.errors.TimedOut;
+    return isLate ? "timedOut" : unsent && "aborted";
   }
 
   /** Closes both sides now and drops buffered bytes; pending calls reject with `error`. */
@@ -2368,18 +2370,23 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * `destination`'s with `closeWrite()`: Go's `io.Copy`. A proxy calls it in both directions. It takes one array, of
    * 64 KiB at most.
    *
-   * @returns Resolves to the count of bytes. Rejects as `read()` and `send()` do, and closes neither stream.
+   * @returns Resolves to the count of bytes. Rejects as `read()` and `send()` do, and with `TypeError` for anything but a
+   * `SocketStream`. It closes neither stream by itself; a chunk that could not be sent is lost. An error of a destination
+   * shows when the next chunk is sent.
    */
   pipeTo(destination: SocketStream): Promise<number> {
-    return forgettable(this.#pipeTo(destination));
+    if (destination instanceof SocketStream) return forgettable(this.#pipeTo(destination));
+    return rejection(new TypeError(`Cannot pipeTo() ${Deno.inspect(destination)}: give a SocketStream`));
   }
 
   async #pipeTo(destination: SocketStream): Promise<number> {
+    await destination.send(""); // Rejects if nothing can be sent, before anything is taken.
     let buffer = new Uint8Array(MIN_PIPE_BYTES);
     let total = 0;
     for (let count; (count = await this.read(buffer)) !== null; total += count) {
       await destination.send(buffer.subarray(0, count));
-      if (count === buffer.length) buffer = new Uint8Array(Math.min(count * 4, MAX_PIPE_BYTES));
+      const isFull = count === buffer.length && count < MAX_PIPE_BYTES;
+      if (isFull) buffer = new Uint8Array(count * 4);
     }
     await destination.closeWrite();
     return total;
@@ -3171,7 +3178,7 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
   #accept(): Promise<void> {
     if (this.#isOver) return DONE;
     try {
-      return this.listener.accept().then(this.#receive, this.#retry);
+      return Promise.resolve(this.listener.accept()).then(this.#receive, this.#retry);
     } catch (error) {
       return this.#retry(error); // A listener of the caller's own has thrown.
     }

@@ -535,7 +535,8 @@ class TlsConn implements StreamConn {
   #fitRoom(count: number): void {
     const { length } = this.#room;
     this.#smallReads = count > length / 8 || length === MIN_ROOM_BYTES ? 0 : this.#smallReads + 1;
-    if (count === length) this.#room = new Uint8Array(Math.min(length * 8, MAX_ROOM_BYTES));
+    const isFull = count === length && length < MAX_ROOM_BYTES;
+    if (isFull) this.#room = new Uint8Array(Math.min(length * 8, MAX_ROOM_BYTES));
     else if (this.#smallReads > SMALL_READS_BEFORE_SHRINKING) this.#room = new Uint8Array(MIN_ROOM_BYTES);
   }
 

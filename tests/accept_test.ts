@@ -165,6 +165,21 @@ Deno.test("a listener that is closed by someone else while an exhaustion is wait
   });
 });
 
+Deno.test("a listener of plain JavaScript may give a connection without a promise", async () => {
+  const conn = new FakeTcpConn().give("hello").end();
+  const listener = new FakeListener([]);
+  const conns: unknown[] = [conn];
+  listener.accept = new Proxy(listener.accept, {
+    apply: (accept, self) => conns.shift() ?? Reflect.apply(accept, self, []),
+  });
+  const server = new FakeServer(listener);
+  const serving = server.serveForever();
+  await conn.whenClosed;
+  assertEquals(server.stats.accepted, 1);
+  await server.shutdown();
+  await serving;
+});
+
 Deno.test("shutdown() interrupts the wait of an exhaustion of descriptors", async () => {
   const listener = new FakeListener(Array(1_000).fill(systemError("EMFILE")));
   const server = new Overloaded(listener);

@@ -298,3 +298,52 @@ Deno.test("bytesRead counts what came, also what waits to be read", async () => 
   assertEquals(stream.bytesRead, 8);
   stream.close();
 });
+
+/** A connection that fills whatever room it is given, and counts the reads that `total` bytes take. */
+class Flood extends FakeConn {
+  reads = 0;
+  #left: number;
+
+  constructor(total: number) {
+    super();
+    this.#left = total;
+  }
+
+  override read(into: Uint8Array): Promise<number | null> {
+    this.reads++;
+    const count = Math.min(into.length, this.#left);
+    this.#left -= count;
+    into.subarray(0, count).fill(0x61);
+    return Promise.resolve(count === 0 ? null : count);
+  }
+}
+
+/** What a caller reads before the bulk, which leaves a part of the first buffer. */
+const BEFORE = [0, 100, 128, 192, 250];
+
+const BULK: [string, (stream: SocketStream) => Promise<unknown>][] = [
+  ["read(into), with a timeout", async (stream) => {
+    stream.timeout = 60_000;
+    for (const into = new Uint8Array(65_536); await stream.read(into) !== null;);
+  }],
+  ["recv()", (stream) => Array.fromAsync(stream)],
+  ["readLine()", (stream) => stream.readLine()],
+  ["readExactly()", (stream) => stream.readExactly(2_900_000)],
+  ["pipeTo(), with a timeout", (stream) => {
+    stream.timeout = 60_000;
+    return stream.pipeTo(new SocketStream(new FakeConn()));
+  }],
+];
+
+for (const [name, read] of BULK) {
+  for (const count of BEFORE) {
+    Deno.test(`the buffer grows with bulk that is read by ${name} behind ${count} bytes`, async () => {
+      const conn = new Flood(3_000_000);
+      const stream = new SocketStream(conn, { limit: Infinity });
+      if (count > 0) await stream.recv(count);
+      await read(stream);
+      assert(conn.reads < 200, `${conn.reads} reads`);
+      stream.close();
+    });
+  }
+}

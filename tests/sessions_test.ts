@@ -101,17 +101,32 @@ for (const [outcome, errors, what, make] of ENDINGS) {
   });
 }
 
-for (
-  const [what, leave, expected] of [
-    ["reads nothing", () => {}, "timedOut"],
-    ["has left", (client: SocketStream) => client.close(), "aborted"],
-  ] as const
-) {
+/** What the client does while its answer is sent, what the handler did, and how the connection ended. */
+const LEFT_WITH_AN_ANSWER: [
+  what: string,
+  leave: (client: SocketStream) => void,
+  end: (request: SocketStream) => void,
+  expected: "timedOut" | "aborted",
+][] = [
+  ["reads nothing", () => {}, () => {}, "timedOut"],
+  ["reads nothing, after close() and another write(),", () => {}, (request) => {
+    request.close();
+    request.write("more");
+  }, "timedOut"],
+  ["reads nothing, after a close() that ended a read,", () => {}, (request) => {
+    request.recv();
+    request.close();
+  }, "timedOut"],
+  ["has left", (client) => client.close(), () => {}, "aborted"],
+];
+
+for (const [what, leave, end, expected] of LEFT_WITH_AN_ANSWER) {
   networkTest(`handleClose() reports a client that ${what} while its answer is sent: "${expected}"`, async () => {
     class Generous extends StreamRequestHandler {
       override async handle() {
         await this.request.readLine();
         this.request.write(new Uint8Array(1 << 25)); // More than any kernel buffers.
+        end(this.request);
       }
     }
     await withServer(new Witness({ port: 0 }, Generous, { timeout: 500 }), async (server, dial) => {

@@ -330,10 +330,39 @@ Deno.test("pipeTo() rejects with the error of either side, and closes neither", 
   await client.send("and this is read");
   assertEquals(textOf(await front.recv() ?? new Uint8Array()), "and this is read");
   const busy = front.recv();
-  assert(await rejectionOf(front.pipeTo(gone)) instanceof Deno.errors.Busy);
+  assert(await rejectionOf(front.pipeTo(front)) instanceof Deno.errors.Busy);
   await client.closeWrite();
   assertEquals(await busy, null);
   for (const stream of [client, front, gone]) stream.close();
+});
+
+Deno.test("pipeTo() takes nothing if it cannot send anything", async () => {
+  const [client, front] = socketPair();
+  const [back] = socketPair();
+  await client.send("first");
+  back.close();
+  assert(await rejectionOf(front.pipeTo(back)) instanceof Deno.errors.BadResource);
+  const piped: Promise<number> = Reflect.apply(front.pipeTo, front, [new WritableStream()]);
+  assert(await rejectionOf(piped) instanceof TypeError);
+  assertEquals(textOf(await front.readExactly(5)), "first");
+  for (const stream of [client, front]) stream.close();
+});
+
+Deno.test("pipeTo() goes on with the same array once it is large", async () => {
+  const arrays = new Set<ArrayBufferLike>();
+  class Noting extends FakeConn {
+    override write(data: Uint8Array): Promise<number> {
+      arrays.add(data.buffer);
+      return Promise.resolve(data.length);
+    }
+  }
+  const [client, front] = socketPair();
+  const piped = front.pipeTo(new SocketStream(new Noting()));
+  await client.send(pattern(5_000_000));
+  await client.closeWrite();
+  assertEquals(await piped, 5_000_000);
+  assert(arrays.size <= 4, `${arrays.size} arrays`); // And an empty one, by which it asks whether it can send.
+  for (const stream of [client, front]) stream.close();
 });
 
 Deno.test("a web stream can be piped to the peer", async () => {

@@ -45,7 +45,7 @@ function log(event: string, fields: Record<string, unknown>) {
 }
 
 function messageOf(error: unknown): string {
-  return printable(error instanceof Error ? error.message : String(error));
+  return printable(String(error instanceof Error ? error.message : error).replace(/\n[^]*/, ""));
 }
 
 // --- For operators: health and metrics ---------------------------------------------
@@ -144,7 +144,7 @@ async function main(): Promise<void> {
 }
 
 await main().catch((error) => {
-  const isMisuse = error instanceof TypeError || error instanceof RangeError;
-  console.error("service.ts: %s%s", messageOf(error), isMisuse ? `; flags: --${Object.keys(FLAGS).join(" --")}` : "");
-  Deno.exit(isMisuse ? 2 : 1);
+  const help = /^ERR_PARSE/.test(error?.code) ? `; the flags are --${Object.keys(FLAGS).join(" --")}` : "";
+  console.error("service.ts: %s%s", messageOf(error), help);
+  Deno.exit(error instanceof TypeError || error instanceof RangeError ? 2 : 1);
 });

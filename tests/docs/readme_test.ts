@@ -36,8 +36,8 @@ function withoutTimesAndPorts(text: string): string {
   );
 }
 
-peerTest(["python3"], "server.ts and client.ts show what the README's session shows", async () => {
-  const [session = "", printed = ""] = await blocks("console");
+peerTest(["python3", "nc"], "server.ts and client.ts show what the README's session shows", async () => {
+  const [printed = "", session = ""] = await blocks("console");
   await using server = startServer();
   const port = String(await portOf(server));
   const shown: string[] = [];
@@ -55,7 +55,7 @@ peerTest(["python3"], "server.ts and client.ts show what the README's session sh
 
 /** Runs a command of the session against another port; returns what it shows. */
 async function run(command: string, typed: string[], port: string): Promise<string> {
-  const [, script, words = ""] = /^deno run --allow-net (client\.ts)(.*)$/.exec(command) ?? [];
+  const [, script, words = ""] = /^deno run --allow-net=127\.0\.0\.1:8009 (client\.ts)(.*)$/.exec(command) ?? [];
   if (typed.length > 0) {
     assert(script === "client.ts", command);
     await using terminal = new Terminal(["--port", port]);

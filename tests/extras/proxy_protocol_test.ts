@@ -60,7 +60,7 @@ for (const [what, bytes, said] of GOOD) {
 /** Wrong headers up to the byte that makes them wrong, and what the message says. */
 const BAD: [string, Uint8Array, RegExp][] = [
   ["the first byte of HTTP", bytesOf("G"), /must begin with it, but begins with "G" \(PROXY 2\.2\)$/],
-  ["the first byte of TLS", hex("16"), /"\\x16" \(PROXY 2\.2\)/],
+  ["the first byte of TLS", hex("16"), /"\\x16", which is TLS: .* \(PROXY 2\.2\)/],
   ["a zero", hex("00"), /\(PROXY 2\.2\)/],
   ["version 1 in small letters", bytesOf("p"), /PROXY 2\.2/],
   ["a second space", bytesOf("PROXY  "), /PROXY 2\.2/],

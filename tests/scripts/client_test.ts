@@ -94,6 +94,14 @@ programTest("10,000 piped lines are answered in order", async () => {
   assertEquals([code, stdout.replaceAll(new RegExp(STAMP, "g"), "") === lines], [0, true]);
 });
 
+programTest("an answer that looks like the alert of a TLS server is printed, if it is not the first", async () => {
+  await using server = new FakeServer(echo);
+  const alert = "\x15\x03\x03\x00\x02\x02";
+  const input = `hello\n${alert}\n${alert}2\n`;
+  const { code, stdout } = await runScript("client.ts", ["--port", String(server.port)], { input });
+  assertEquals([code, stdout], [0, input]);
+});
+
 programTest("bytes that are no UTF-8 pass both ways", async () => {
   await using server = startServer();
   const port = await portOf(server);
