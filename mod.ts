@@ -4557,17 +4557,19 @@ export class Datagram {
   reply(data: Uint8Array | string): Promise<void> {
     const mistake = checkData("reply()", data);
     if (mistake !== undefined) return rejection(mistake);
-    const bytes = bytesOf(data);
-    const sent = Promise.try(() => this.#send(bytes, this.clientAddress)).then(
-      () => {
-        this.#bytesWritten += bytes.length;
-      },
-      (error) => this.#failReply(error, bytes.length),
-    );
-    return forgettable(sent);
+    return forgettable(this.#reply(bytesOf(data)));
   }
 
-  #failReply(error: unknown, count: number): never {
+  async #reply(bytes: Uint8Array): Promise<void> {
+    try {
+      await this.#send(bytes, this.clientAddress);
+      this.#bytesWritten += bytes.length;
+    } catch (error) {
+      throw this.#replyError(error, bytes.length);
+    }
+  }
+
+  #replyError(error: unknown, count: number): Error {
     const isForbidden = error instanceof Deno.errors.NotCapable;
     const reason = isForbidden ? explain(error, this.clientAddress) : systemWords(error);
     const failure = restate(
@@ -4577,7 +4579,7 @@ export class Datagram {
     // Not the client's fault: a missing permission, or a reply that is too long.
     const isOwnMistake = isForbidden || errorCode(error) === "EMSGSIZE";
     if (this.#session !== undefined && !isOwnMistake) this.#session.raised = failure;
-    throw failure;
+    return failure;
   }
 }
 
