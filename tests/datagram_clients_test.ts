@@ -14,6 +14,7 @@ import {
 } from "./datagrams.ts";
 import { networkTest, rejectionOf, until, withDeno } from "./testing.ts";
 import { promises as dns } from "node:dns";
+import { freePort } from "./programs.ts";
 
 /** Whether this machine has the address ::1. */
 function hasIpv6(): boolean {
@@ -293,9 +294,7 @@ networkTest("a datagram that is too long for send() rejects in one sentence, and
 });
 
 networkTest("a client outlives a server that is not there yet", async () => {
-  const server = new UdpServer({ port: 0 }, EchoDatagram);
-  const { port } = server.listen();
-  await server.shutdown();
+  const port = freePort();
   using client = new DatagramClient({ port, timeout: 20 });
   await client.send("too early");
   await assertRejects(() => client.recv(), Deno.errors.TimedOut);

@@ -13,6 +13,7 @@ import {
   withServer,
 } from "./datagrams.ts";
 import { networkTest, rejectionOf, until } from "./testing.ts";
+import { freePort } from "./programs.ts";
 
 networkTest("shutdown() waits for the datagram of a handleRequest(), and its reply goes out", async () => {
   const exit = Promise.withResolvers<void>();
@@ -41,8 +42,8 @@ networkTest("shutdown() waits for handlers, their replies go out, and then the p
     await new Promise((resolve) => signal.addEventListener("abort", resolve));
     await request.reply("goodbye");
   });
-  const server = new UdpServer({ port: 0 }, Slow);
-  const { port } = server.listen();
+  const port = freePort();
+  const server = new UdpServer({ port }, Slow);
   const serving = server.serveForever();
   using client = new DatagramClient({ port, timeout: PATIENCE_MS });
   await client.send("hello");
@@ -126,8 +127,9 @@ networkTest("shutdown() gives up a datagram's handler that never ends, and names
 });
 
 networkTest("a datagram server that never served shuts down, and its port is free", async () => {
-  const server = new UdpServer({ port: 0 }, EchoDatagram);
-  const { port } = server.listen();
+  const port = freePort();
+  const server = new UdpServer({ port }, EchoDatagram);
+  server.listen();
   await server.shutdown();
   await using next = new UdpServer({ port }, EchoDatagram);
   next.listen();
@@ -153,8 +155,8 @@ networkTest("close() ends a datagram server now, and a reply behind it rejects",
 });
 
 networkTest("close() of a datagram server frees its port at once", async () => {
-  const server = new UdpServer({ port: 0 }, EchoDatagram);
-  const { port } = server.listen();
+  const port = freePort();
+  const server = new UdpServer({ port }, EchoDatagram);
   const serving = server.serveForever();
   using client = new DatagramClient({ port, timeout: PATIENCE_MS });
   assertEquals(await ask(client, "hello"), "hello");

@@ -5,6 +5,7 @@ import { connect, type SocketStream, StreamRequestHandler, TcpServer } from "../
 import { assertSameBytes, bytesOf, randomNumbers } from "./fake_conn.ts";
 import { networkTest, programTest, scaled } from "./testing.ts";
 import { Siege } from "./faults/siege.ts";
+import { freePort } from "./programs.ts";
 
 const SHUTDOWNS = scaled(6, 200);
 const CHAOS_SECONDS = scaled(4, 600);
@@ -92,10 +93,10 @@ networkTest(
   `a storm of ${SHUTDOWNS} shutdowns under load: what was asked is answered, once, and the port is free at once`,
   async () => {
     const random = randomNumbers(SEED);
-    let port = 0;
+    const port = freePort();
     for (let round = 0; round < SHUTDOWNS; round++) {
       const server = new TcpServer({ port }, Answers);
-      port = server.listen().port;
+      server.listen();
       const serving = server.serveForever();
       const askers: Asker[] = [];
       for (let count = 0; count < CLIENTS; count++) askers.push(new Asker(await connect({ port }), random));

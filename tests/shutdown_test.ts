@@ -13,6 +13,7 @@ import { FakeConn, FakeTcpConn, isPending, textOf, turnEnd } from "./fake_conn.t
 import { withFakeTime } from "./fake_time.ts";
 import { onStage, Witness } from "./stage.ts";
 import { Echo, FakeListener, FakeServer, networkTest, until, withServer } from "./testing.ts";
+import { freePort } from "./programs.ts";
 
 /** The report without its times. */
 function counts({ finished, cut }: ShutdownReport): [finished: number, cut: number] {
@@ -74,8 +75,8 @@ networkTest("serveForever({ signal }) shuts down when the signal aborts, also if
 // 1. It stops accepting; clients in the backlog are served
 
 networkTest("shutdown() of an idle server resolves, and frees the port", async () => {
-  const server = new TcpServer({ port: 0 }, Echo);
-  const { port } = server.listen();
+  const port = freePort();
+  const server = new TcpServer({ port }, Echo);
   const serving = server.serveForever();
   assertEquals(counts(await server.shutdown()), [0, 0]);
   await using again = new TcpServer({ port }, Echo);
@@ -420,8 +421,8 @@ Deno.test("grace: Infinity waits for ever", async () => {
 });
 
 networkTest("clients that are cut off read the end, and the address is free", async () => {
-  const server = new TcpServer({ port: 0 }, Endless);
-  const { port } = server.listen();
+  const port = freePort();
+  const server = new TcpServer({ port }, Endless);
   const serving = server.serveForever();
   const client = await connect({ port });
   assertEquals(await client.readLine(), "ready");

@@ -125,7 +125,7 @@ async function main([workers = "2", mode = ""]: string[]): Promise<void> {
   } catch (error) {
     console.log(String(error));
     await pool.serveForever(); // A pool that is closed does not serve again.
-    Deno.listen({ port }).close();
+    Deno.listen({ hostname: "127.0.0.1", port }).close();
     console.log(`closed, with ${pool.activeWorkers} workers and a free port`);
     Deno.exit(1);
   }

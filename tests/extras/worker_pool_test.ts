@@ -284,7 +284,7 @@ poolTest("an error that handleCrash() throws closes the pool, and serveForever()
   await ask(victim.stream, "crash throw");
   assertEquals((await rejectionOf(started.served)).message, "enough");
   victim.stream.close();
-  Deno.listen({ port }).close();
+  Deno.listen({ hostname: "127.0.0.1", port }).close();
 });
 
 // --- The end ------------------------------------------------------------------
@@ -310,7 +310,7 @@ poolTest("a shutdown under load answers all that was sent before it, and frees t
   assertEquals([report.finished, report.cut, report.hung], [streams.length, [], []]);
   await started.served;
   assertEquals(pool.stats.accepted, streams.length);
-  Deno.listen({ port }).close();
+  Deno.listen({ hostname: "127.0.0.1", port }).close();
 });
 
 poolTest("grace cuts off those that stall, and the report names them", async () => {
@@ -359,11 +359,11 @@ poolTest("shutdown() before the start, and while the workers start", async () =>
   await unused.serveForever();
   await assertRejects(() => unused.listen(), TypeError);
 
-  const listening = makePool(2);
+  const listening = makePool(2, freePort());
   const { port } = await listening.listen();
   await listening.shutdown();
   await assertRejects(() => listening.listen(), TypeError);
-  Deno.listen({ port }).close();
+  Deno.listen({ hostname: "127.0.0.1", port }).close();
 
   const starting = makePool(2);
   const served = starting.serveForever();
@@ -380,7 +380,7 @@ poolTest("close() cuts all clients off and frees the port", async () => {
   pool.close();
   await started.served;
   await hangUp(stream);
-  Deno.listen({ port }).close();
+  Deno.listen({ hostname: "127.0.0.1", port }).close();
 });
 
 poolTest("a shutdown that waits for a handler refuses new clients", async () => {

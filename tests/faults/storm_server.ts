@@ -7,6 +7,7 @@
  */
 
 import { LimitOverrunError, type ServerOptions, StreamRequestHandler, TcpServer } from "../../mod.ts";
+import { freePort } from "../programs.ts";
 
 const GIGABYTE = 1_000_000_000;
 
@@ -60,7 +61,7 @@ function heapBytes(): number {
   return Deno.memoryUsage().heapUsed;
 }
 
-let running = start(0);
+let running = start(freePort());
 console.log(`listens on 127.0.0.1:${running.port}`);
 let answered = 0;
 for await (const commands of Deno.stdin.readable.pipeThrough(new TextDecoderStream())) {
