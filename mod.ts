@@ -1092,6 +1092,7 @@ class Input {
   #makeRoomBehind(): void {
     const { length } = this;
     const left = this.#bytes.length - this.#ours;
+    // Behind the chunks of callers there may be too little room for what comes.
     const isEnough = left === this.#size || left - length >= this.#lastCount;
     if (length <= left - length && isEnough) {
       this.#bytes.copyWithin(this.#ours, this.#start, this.#end);
@@ -3097,6 +3098,11 @@ export interface Listener<Arrival> {
   close(): void | Promise<void>;
 }
 
+/** Never rejects: someone else may have closed it. */
+function closeListener(listener: Listener<unknown>): Promise<void> {
+  return Promise.try(() => listener.close()).catch(ignore);
+}
+
 /**
  * A mailbox around a listener. An accept that is under way cannot be cancelled, so what has arrived stays here until it
  * is taken: a caller that stops waiting loses nothing. No client's error ends it, and an exhaustion is waited out.
@@ -3163,7 +3169,7 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
   async close(): Promise<void> {
     this.#isOver = true;
     this.#stopping.abort();
-    this.#closing ??= Promise.try(() => this.listener.close()).catch(ignore); // Someone else may have closed it.
+    this.#closing ??= closeListener(this.listener);
     await this.#closing;
     await this.#arriving;
   }
@@ -3719,7 +3725,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    */
   protected adopt(listener: Listener<Arrival>, address: Address): Address {
     if (this.#isClosing) {
-      Promise.try(() => listener.close()).catch(ignore);
+      closeListener(listener);
       throw closedServer();
     }
     const onLost = () => this.#counts.lost++;
