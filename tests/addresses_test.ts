@@ -9,7 +9,7 @@ import {
   TcpServer,
 } from "../mod.ts";
 import { assert, assertEquals, assertMatch } from "../deps.ts";
-import { networkTest, rejectionOf, unixTest } from "./testing.ts";
+import { networkTest, rejectionOf, unixTest, untilRefused } from "./testing.ts";
 
 class Idle extends StreamRequestHandler {
   override handle() {}
@@ -204,6 +204,7 @@ networkTest("connect() to a port without a server says so, and names it", async 
   const listener = Deno.listen({ hostname: "127.0.0.1", port: 0 });
   const { port } = listener.addr;
   listener.close();
+  await untilRefused(() => Deno.connect({ port }));
   const error = await rejectionOf(connect({ port }));
   assert(error instanceof Deno.errors.ConnectionRefused);
   assertMatch(error.message, new RegExp(`127\\.0\\.0\\.1:${port}: connection refused; start `));

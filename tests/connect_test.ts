@@ -34,7 +34,7 @@ networkTest("connect() opens a stream that reads and writes", async () => {
 });
 
 networkTest("connect() says what was dialled, why it failed and what to do", async () => {
-  const port = freePort();
+  const port = await freePort();
   const error = await rejectionOf(connect({ port }));
   assert(error instanceof Deno.errors.ConnectionRefused);
   assertEquals(
@@ -124,7 +124,7 @@ peerTest(
 );
 
 networkTest("connect() says after how many tries it gave up", async () => {
-  const error = await rejectionOf(connect({ port: freePort(), retries: 2 }));
+  const error = await rejectionOf(connect({ port: await freePort(), retries: 2 }));
   assertMatch(error.message, /^Cannot connect to 127\.0\.0\.1:\d+ after 3 tries: connection refused; /);
 });
 
@@ -133,7 +133,7 @@ networkTest(
   async () => {
     const { signal } = new AbortController();
     const listeners = countListeners(signal);
-    const dialing = connect({ port: freePort(), retries: 2, signal });
+    const dialing = connect({ port: await freePort(), retries: 2, signal });
     assertEquals(listeners(), 1);
     await rejectionOf(dialing);
     assertEquals(listeners(), 0);
@@ -141,7 +141,7 @@ networkTest(
 );
 
 networkTest("connect() tries again until the server is there", async () => {
-  const port = freePort();
+  const port = await freePort();
   const dialing = connect({ port, retries: Infinity });
   await assertRejects(() => connect({ port }), Deno.errors.ConnectionRefused);
   await using server = new TcpServer({ port }, Echo);
@@ -196,7 +196,7 @@ networkTest("connect() ends with the reason of its signal: before, while it dial
     controller.abort(reason);
     assertEquals(await rejectionOf(dialing), reason);
   });
-  const port = freePort();
+  const port = await freePort();
   assertEquals(await rejectionOf(connect({ port, signal: AbortSignal.abort(reason) })), reason);
   const controller = new AbortController();
   const dialing = connect({ port, retries: Infinity, signal: controller.signal });

@@ -294,7 +294,7 @@ networkTest("a datagram that is too long for send() rejects in one sentence, and
 });
 
 networkTest("a client outlives a server that is not there yet", async () => {
-  const port = freePort();
+  const port = await freePort();
   using client = new DatagramClient({ port, timeout: 20 });
   await client.send("too early");
   await assertRejects(() => client.recv(), Deno.errors.TimedOut);

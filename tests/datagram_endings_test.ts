@@ -12,7 +12,7 @@ import {
   RecordingServer,
   withServer,
 } from "./datagrams.ts";
-import { networkTest, rejectionOf, until } from "./testing.ts";
+import { listenAgain, networkTest, rejectionOf, until } from "./testing.ts";
 import { freePort } from "./programs.ts";
 
 networkTest("shutdown() waits for the datagram of a handleRequest(), and its reply goes out", async () => {
@@ -42,7 +42,7 @@ networkTest("shutdown() waits for handlers, their replies go out, and then the p
     await new Promise((resolve) => signal.addEventListener("abort", resolve));
     await request.reply("goodbye");
   });
-  const port = freePort();
+  const port = await freePort();
   const server = new UdpServer({ port }, Slow);
   const serving = server.serveForever();
   using client = new DatagramClient({ port, timeout: PATIENCE_MS });
@@ -50,7 +50,7 @@ networkTest("shutdown() waits for handlers, their replies go out, and then the p
   await started.promise;
   const { finished, cut } = await server.shutdown();
   await using next = new UdpServer({ port }, EchoDatagram);
-  next.listen();
+  await listenAgain(() => next.listen());
   await serving;
   assertEquals({ finished, cut }, { finished: 1, cut: [] });
   assertEquals(decoded(await client.recv()), "goodbye");
@@ -127,12 +127,12 @@ networkTest("shutdown() gives up a datagram's handler that never ends, and names
 });
 
 networkTest("a datagram server that never served shuts down, and its port is free", async () => {
-  const port = freePort();
+  const port = await freePort();
   const server = new UdpServer({ port }, EchoDatagram);
   server.listen();
   await server.shutdown();
   await using next = new UdpServer({ port }, EchoDatagram);
-  next.listen();
+  await listenAgain(() => next.listen());
   await server.serveForever();
   assertThrows(() => server.close() ?? server.shutdown({ grace: -1 }), RangeError);
 });
@@ -155,7 +155,7 @@ networkTest("close() ends a datagram server now, and a reply behind it rejects",
 });
 
 networkTest("close() of a datagram server frees its port at once", async () => {
-  const port = freePort();
+  const port = await freePort();
   const server = new UdpServer({ port }, EchoDatagram);
   const serving = server.serveForever();
   using client = new DatagramClient({ port, timeout: PATIENCE_MS });
@@ -165,7 +165,7 @@ networkTest("close() of a datagram server frees its port at once", async () => {
   await serving;
   assert(performance.now() - begun < 40, "close() has waited for what may still come");
   await using next = new UdpServer({ port }, EchoDatagram);
-  next.listen();
+  await listenAgain(() => next.listen());
 });
 
 networkTest("a datagram's handler may reply and then shut its server down, or the other way round", async () => {

@@ -369,17 +369,33 @@ export async function portOf(server: Program): Promise<number> {
   return Number(port);
 }
 
-/** A port that was free a moment ago. It is below those that port 0 gives, so that no test beside this one gets it. */
-export function freePort(): number {
+/**
+ * A port on which nobody answers. It is below those that port 0 gives, so that no test beside this one gets it. Nothing
+ * listens on it to find that out: a program that another test starts at that moment would keep the port for a while.
+ */
+export async function freePort(): Promise<number> {
   for (;;) {
     const port = 20_000 + Math.floor(Math.random() * 12_000);
     try {
-      Deno.listen({ hostname: "127.0.0.1", port }).close();
-      return port;
+      (await Deno.connect({ hostname: "127.0.0.1", port })).close();
     } catch (error) {
-      if (!(error instanceof Deno.errors.AddrInUse)) throw error;
+      if (error instanceof Deno.errors.ConnectionRefused) return port;
+      throw error;
     }
   }
+}
+
+/**
+ * How many sockets of `port` a program still holds: the listener, and the connections that were accepted. A closed one
+ * has no inode. Another process has to look, as reading /proc takes all permissions.
+ */
+export function heldSockets(port: number): number {
+  const look = new Deno.Command("cat", { args: ["/proc/net/tcp"] }).outputSync();
+  const [, ...sockets] = new TextDecoder().decode(look.stdout).trim().split("\n");
+  const local = `:${port.toString(16).toUpperCase().padStart(4, "0")}`;
+  return sockets.map((line) => line.trim().split(/\s+/)).filter((fields) => {
+    return fields[1]?.endsWith(local) && fields[9] !== "0";
+  }).length;
 }
 
 /** A plain connection of the test's own, without the library. */

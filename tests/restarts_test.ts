@@ -3,7 +3,7 @@
 import { assert, assertEquals } from "../deps.ts";
 import { connect, type SocketStream, StreamRequestHandler, TcpServer } from "../mod.ts";
 import { assertSameBytes, bytesOf, randomNumbers } from "./fake_conn.ts";
-import { networkTest, programTest, scaled } from "./testing.ts";
+import { listenAgain, networkTest, programTest, scaled } from "./testing.ts";
 import { Siege } from "./faults/siege.ts";
 import { freePort } from "./programs.ts";
 
@@ -93,10 +93,10 @@ networkTest(
   `a storm of ${SHUTDOWNS} shutdowns under load: what was asked is answered, once, and the port is free at once`,
   async () => {
     const random = randomNumbers(SEED);
-    const port = freePort();
+    const port = await freePort();
     for (let round = 0; round < SHUTDOWNS; round++) {
       const server = new TcpServer({ port }, Answers);
-      server.listen();
+      await listenAgain(() => server.listen());
       const serving = server.serveForever();
       const askers: Asker[] = [];
       for (let count = 0; count < CLIENTS; count++) askers.push(new Asker(await connect({ port }), random));

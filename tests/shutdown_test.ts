@@ -1,6 +1,6 @@
 /** The end of a server, in the order in which `shutdown()` tells it. Clients are fakes, in a time that the test advances, unless sockets matter. */
 
-import { assert, assertEquals, assertRejects, assertThrows } from "../deps.ts";
+import { assert, assertEquals, assertThrows } from "../deps.ts";
 import {
   connect,
   type ShutdownReport,
@@ -12,7 +12,16 @@ import {
 import { FakeConn, FakeTcpConn, isPending, textOf, turnEnd } from "./fake_conn.ts";
 import { withFakeTime } from "./fake_time.ts";
 import { onStage, Witness } from "./stage.ts";
-import { Echo, FakeListener, FakeServer, networkTest, until, withServer } from "./testing.ts";
+import {
+  Echo,
+  FakeListener,
+  FakeServer,
+  listenAgain,
+  networkTest,
+  until,
+  untilRefused,
+  withServer,
+} from "./testing.ts";
 import { freePort } from "./programs.ts";
 
 /** The report without its times. */
@@ -75,12 +84,12 @@ networkTest("serveForever({ signal }) shuts down when the signal aborts, also if
 // 1. It stops accepting; clients in the backlog are served
 
 networkTest("shutdown() of an idle server resolves, and frees the port", async () => {
-  const port = freePort();
+  const port = await freePort();
   const server = new TcpServer({ port }, Echo);
   const serving = server.serveForever();
   assertEquals(counts(await server.shutdown()), [0, 0]);
   await using again = new TcpServer({ port }, Echo);
-  again.listen();
+  await listenAgain(() => again.listen());
   await serving;
 });
 
@@ -421,7 +430,7 @@ Deno.test("grace: Infinity waits for ever", async () => {
 });
 
 networkTest("clients that are cut off read the end, and the address is free", async () => {
-  const port = freePort();
+  const port = await freePort();
   const server = new TcpServer({ port }, Endless);
   const serving = server.serveForever();
   const client = await connect({ port });
@@ -431,7 +440,7 @@ networkTest("clients that are cut off read the end, and the address is free", as
   assertEquals(await client.recv(), null);
   client.close();
   await using again = new TcpServer({ port }, Echo);
-  again.listen();
+  await listenAgain(() => again.listen());
   await serving;
 });
 
@@ -504,7 +513,7 @@ networkTest('"await using" shuts a server down', async () => {
     ({ port } = server.listen());
     server.serveForever();
   }
-  await assertRejects(() => connect({ port }), Deno.errors.ConnectionRefused);
+  await untilRefused(() => connect({ port }));
 });
 
 // From inside a handler

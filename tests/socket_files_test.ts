@@ -3,7 +3,7 @@
 import { assert, assertEquals, assertMatch, assertRejects } from "../deps.ts";
 import { connect, UnixDatagramServer, UnixServer } from "../mod.ts";
 import { assertServes as assertAnswers, EchoDatagram } from "./datagrams.ts";
-import { Echo, exists, rejectionOf, unixTest, withDeno } from "./testing.ts";
+import { Echo, exists, rejectionOf, unixTest, untilRefused, withDeno } from "./testing.ts";
 
 /** A kind of server. */
 interface Kind {
@@ -42,10 +42,11 @@ async function running(server: UnixServer | UnixDatagramServer) {
 }
 
 /** Leaves a socket file that nobody answers on, as a killed server does. */
-function leaveStaleSocket(path: string, open: Kind["open"]): void {
+async function leaveStaleSocket(path: string, open: Kind["open"]): Promise<void> {
   const socket = open(`${path}.moved`);
   Deno.renameSync(`${path}.moved`, path); // So that closing does not remove it.
   socket.close();
+  await untilRefused(() => Deno.connect({ transport: "unix", path }));
 }
 
 for (const { name, make, open, assertServes } of KINDS) {
@@ -81,7 +82,7 @@ for (const { name, make, open, assertServes } of KINDS) {
 
   unixTest(`${name} replaces a socket file that nobody answers on`, async (folder) => {
     const path = `${folder}/a.sock`;
-    leaveStaleSocket(path, open);
+    await leaveStaleSocket(path, open);
     assert(exists(path));
     await using _serving = await running(make(path));
     await assertServes(path);
@@ -89,7 +90,7 @@ for (const { name, make, open, assertServes } of KINDS) {
 
   unixTest(`of two of ${name} that start at once on a path that nobody answers on, one listens`, async (folder) => {
     const path = `${folder}/a.sock`;
-    leaveStaleSocket(path, open);
+    await leaveStaleSocket(path, open);
     const servers = [make(path), make(path)];
     const outcomes = await Promise.allSettled(servers.map((server) => server.listen()));
     const reasons = outcomes.filter((outcome) => outcome.status === "rejected").map(({ reason }) => reason);

@@ -124,6 +124,35 @@ export async function until(condition: () => boolean, patience = 10_000): Promis
   }
 }
 
+// The test files are threads of one process. A program that one of them starts has the sockets of all until it runs, and
+// keeps a closed one open for that moment.
+
+/** Dials until nobody has the closed listener any more: the port is free then. */
+export async function untilRefused(dial: () => Promise<{ close(): void }>, patience = 10_000): Promise<void> {
+  const deadline = performance.now() + patience;
+  while (performance.now() < deadline) {
+    try {
+      (await dial()).close();
+    } catch (error) {
+      if (error instanceof Deno.errors.ConnectionRefused) return;
+    }
+  }
+  throw new Deno.errors.TimedOut("Somebody still answers");
+}
+
+/** Listens at an address that was given back. */
+export async function listenAgain<T>(listen: () => T, patience = 10_000): Promise<T> {
+  const deadline = performance.now() + patience;
+  for (;;) {
+    try {
+      return listen();
+    } catch (error) {
+      if (!(error instanceof Deno.errors.AddrInUse) || performance.now() > deadline) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 1));
+    }
+  }
+}
+
 /** How many listeners `signal` has from now on. */
 export function countListeners(signal: AbortSignal): () => number {
   const listeners = new Set<unknown>();

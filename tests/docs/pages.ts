@@ -61,11 +61,12 @@ export class Programs implements AsyncDisposable {
     await copyLibrary(folder);
     const programs = new Programs(folder);
     for (const name of names) {
-      const program = (await programOf(page, name)).replace(
-        /port: (\d+)/g,
-        (_, port) => `port: ${programs.#free(port)}`,
-      );
-      await Deno.writeTextFile(`${folder}/${name}`, program);
+      const program = await programOf(page, name);
+      for (const [, port = ""] of program.matchAll(/port: (\d+)/g)) {
+        if (!programs.#ports.has(port)) programs.#ports.set(port, await freePort());
+      }
+      const moved = program.replace(/(?<=port: )\d+/g, (port) => String(programs.#ports.get(port)));
+      await Deno.writeTextFile(`${folder}/${name}`, moved);
     }
     for (const [file, text] of Object.entries(files)) await Deno.writeTextFile(`${folder}/${file}`, text);
     return programs;
@@ -81,12 +82,6 @@ export class Programs implements AsyncDisposable {
     const [port] = this.ports;
     assert(port !== undefined, "the programs have no port");
     return port;
-  }
-
-  #free(port: string): number {
-    const free = this.#ports.get(port) ?? freePort();
-    this.#ports.set(port, free);
-    return free;
   }
 
   /** The arguments that run a program as its page says, without the project's configuration. */

@@ -40,7 +40,7 @@ peerTest(
         "--allow-net",
       ]]] as const
     ) {
-      const port = freePort();
+      const port = await freePort();
       const file = `${folder}/server.${language}`;
       await Deno.writeTextFile(file, await programIn(language, port));
       await using _server = Program.start(command, [...args, file]);

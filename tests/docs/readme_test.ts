@@ -19,7 +19,7 @@ programTestIn("the README's server has eight lines, and answers", async (folder)
   const [program = ""] = await blocks("ts");
   assertEquals(program.trim().split("\n").length, 8);
   await copyLibrary(folder);
-  const port = freePort();
+  const port = await freePort();
   await Deno.writeTextFile(`${folder}/upper.ts`, program.replace("8009", String(port)));
   const args = ["run", "--no-config", "--no-prompt", `--allow-net=127.0.0.1:${port}`, "upper.ts"];
   await using _server = Program.start(Deno.execPath(), args, { cwd: folder });

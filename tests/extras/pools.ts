@@ -23,7 +23,7 @@ export const makeUnused = (address: { port: number }) => new TcpServer(address, 
 
 /** Starts a pool whose workers all serve when this resolves; `await using` shuts it down. */
 export async function startPool(workers: number) {
-  const pool = makePool(workers, freePort()); // The tests look whether it is free again.
+  const pool = makePool(workers, await freePort()); // The tests look whether it is free again.
   const { port } = await pool.listen();
   const served = pool.serveForever();
   await until(() => pool.activeWorkers === workers, PATIENCE_MS);

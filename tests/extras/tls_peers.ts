@@ -87,19 +87,6 @@ export function dial(
   return connect({ hostname, port, timeout: 10_000, filters: [tlsClient({ caCerts: [ca.cert], ...options })] });
 }
 
-/**
- * How many sockets of `port` a program still holds: the listener, and the connections that were accepted. A closed one
- * has no inode. Another process has to look, as reading /proc takes all permissions.
- */
-export function heldSockets(port: number): number {
-  const look = new Deno.Command("cat", { args: ["/proc/net/tcp"] }).outputSync();
-  const [, ...sockets] = new TextDecoder().decode(look.stdout).trim().split("\n");
-  const local = `:${port.toString(16).toUpperCase().padStart(4, "0")}`;
-  return sockets.map((line) => line.trim().split(/\s+/)).filter((fields) => {
-    return fields[1]?.endsWith(local) && fields[9] !== "0";
-  }).length;
-}
-
 /** Sends what it is sent, and says how its stream has ended. */
 export class Watched extends StreamRequestHandler {
   static seen: SocketStream[] = [];

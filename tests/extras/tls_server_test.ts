@@ -5,9 +5,9 @@ import { connect, type ConnectionReport, perHost, StreamRequestHandler } from ".
 import { tlsClient, TlsServer } from "../../extras/tls.ts";
 import { proxyProtocol, sendProxyHeader } from "../../extras/proxy_protocol.ts";
 import { pattern } from "../fake_conn.ts";
-import { Peer, Program } from "../programs.ts";
+import { heldSockets, Peer, Program } from "../programs.ts";
 import { Echo, rejectionOf, scaled, until } from "../testing.ts";
-import { dial, heldSockets, pythonClient, QuietTlsServer, serving, tlsTest, Who } from "./tls_peers.ts";
+import { dial, pythonClient, QuietTlsServer, serving, tlsTest, Who } from "./tls_peers.ts";
 
 /** Stalled, broken and half handshakes of each kind. */
 const STORM = scaled(125, 2_500);

@@ -3,7 +3,7 @@
 import { WorkerPool } from "../../extras/worker_pool.ts";
 import { assert, assertEquals, assertMatch, assertThrows } from "../../deps.ts";
 import { freePort } from "../programs.ts";
-import { poolTest, programTest, rejectionOf } from "../testing.ts";
+import { poolTest, programTest, rejectionOf, untilRefused } from "../testing.ts";
 import { makePool } from "./pool_program.ts";
 import { closeAll, dial, makeUnused, SCRIPT, startPool, startProgram, withTimers } from "./pools.ts";
 
@@ -76,13 +76,15 @@ poolTest("a worker that has begun to serve is not ended after 60 s", async () =>
 });
 
 poolTest("a port that is taken fails the start as that of a server does, and listen() may be tried again", async () => {
-  const listener = Deno.listen({ hostname: "127.0.0.1", port: freePort() });
-  const pool = makePool(1, listener.addr.port);
+  const port = await freePort();
+  const listener = Deno.listen({ hostname: "127.0.0.1", port });
+  const pool = makePool(1, port);
   const error = await rejectionOf(pool.listen());
   listener.close();
   assert(error instanceof Deno.errors.AddrInUse);
   assertMatch(error.message, /^Cannot listen on 127\.0\.0\.1:\d+: address already in use; /);
-  assertEquals((await pool.listen()).port, listener.addr.port);
+  await untilRefused(() => Deno.connect({ port }));
+  assertEquals((await pool.listen()).port, port);
   await pool.shutdown();
 });
 

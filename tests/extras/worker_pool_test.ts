@@ -4,7 +4,16 @@ import { WorkerPool } from "../../extras/worker_pool.ts";
 import { connect } from "../../mod.ts";
 import { assert, assertEquals, assertMatch, assertRejects } from "../../deps.ts";
 import { freePort, Program } from "../programs.ts";
-import { poolTest, printedBy, programTest, programTestIn, rejectionOf, scaled, until } from "../testing.ts";
+import {
+  poolTest,
+  printedBy,
+  programTest,
+  programTestIn,
+  rejectionOf,
+  scaled,
+  until,
+  untilRefused,
+} from "../testing.ts";
 import { makePool, type NotedPool } from "./pool_program.ts";
 import {
   ask,
@@ -80,7 +89,7 @@ async function startModule(folder: string, program: string, host: string): Promi
 }
 
 programTestIn("a pool needs no permission for the address of the name that it listens on", async (folder) => {
-  const port = freePort();
+  const port = await freePort();
   const program = `
     import { StreamRequestHandler, TcpServer } from "@socketserver/socketserver";
     import { WorkerPool } from "@socketserver/socketserver/worker_pool";
@@ -100,7 +109,7 @@ programTestIn("a pool needs no permission for the address of the name that it li
 programTestIn("the sample of the documentation serves with the permissions that it names", async (folder) => {
   const documentation = await Deno.readTextFile(new URL("../../extras/worker_pool.ts", import.meta.url));
   const [, sample = ""] = /^ \* ```ts ignore\n(.*?)^ \* ```/ms.exec(documentation) ?? [];
-  const port = freePort();
+  const port = await freePort();
   const program = sample.replaceAll(/^ \* ?/gm, "").replace("8009", String(port));
   await using server = await startModule(folder, program, `127.0.0.1:${port}`);
   await using client = await connect({ port, retries: Infinity, timeout: PATIENCE_MS });
@@ -284,7 +293,7 @@ poolTest("an error that handleCrash() throws closes the pool, and serveForever()
   await ask(victim.stream, "crash throw");
   assertEquals((await rejectionOf(started.served)).message, "enough");
   victim.stream.close();
-  Deno.listen({ hostname: "127.0.0.1", port }).close();
+  await untilRefused(() => Deno.connect({ port }));
 });
 
 // --- The end ------------------------------------------------------------------
@@ -310,7 +319,7 @@ poolTest("a shutdown under load answers all that was sent before it, and frees t
   assertEquals([report.finished, report.cut, report.hung], [streams.length, [], []]);
   await started.served;
   assertEquals(pool.stats.accepted, streams.length);
-  Deno.listen({ hostname: "127.0.0.1", port }).close();
+  await untilRefused(() => Deno.connect({ port }));
 });
 
 poolTest("grace cuts off those that stall, and the report names them", async () => {
@@ -359,11 +368,11 @@ poolTest("shutdown() before the start, and while the workers start", async () =>
   await unused.serveForever();
   await assertRejects(() => unused.listen(), TypeError);
 
-  const listening = makePool(2, freePort());
+  const listening = makePool(2, await freePort());
   const { port } = await listening.listen();
   await listening.shutdown();
   await assertRejects(() => listening.listen(), TypeError);
-  Deno.listen({ hostname: "127.0.0.1", port }).close();
+  await untilRefused(() => Deno.connect({ port }));
 
   const starting = makePool(2);
   const served = starting.serveForever();
@@ -380,7 +389,7 @@ poolTest("close() cuts all clients off and frees the port", async () => {
   pool.close();
   await started.served;
   await hangUp(stream);
-  Deno.listen({ hostname: "127.0.0.1", port }).close();
+  await untilRefused(() => Deno.connect({ port }));
 });
 
 poolTest("a shutdown that waits for a handler refuses new clients", async () => {

@@ -7,7 +7,7 @@
 import { assert, assertEquals } from "../../deps.ts";
 import { connect, type ServerOptions, type ServerStats, type SocketStream } from "../../mod.ts";
 import { bytesOf, textOf } from "../fake_conn.ts";
-import { Program } from "../programs.ts";
+import { heldSockets, Program } from "../programs.ts";
 
 /** What a process may grow by, in bytes. The runtime keeps some of what it once had; what is buffered for nobody would take more. */
 export const MEMORY_SLACK = 100e6;
@@ -17,7 +17,6 @@ const HEAP_SLACK = 5e6;
 
 /** What a process holds. */
 export interface Holdings {
-  descriptors: number;
   residentBytes: number;
   cpuSeconds: number;
 }
@@ -28,10 +27,7 @@ export interface Remains extends Holdings {
   heapBytes: number;
 }
 
-const HOLDINGS =
-  `ls /proc/$0/fd | wc -l; grep VmRSS /proc/$0/status; cut -d ' ' -f 14,15 /proc/$0/stat; getconf CLK_TCK`;
-
-const DESCRIPTORS = `ls -l /proc/$0/fd; cat /proc/net/tcp`;
+const HOLDINGS = `grep VmRSS /proc/$0/status; cut -d ' ' -f 14,15 /proc/$0/stat; getconf CLK_TCK`;
 
 const here = (file: string) => new URL(file, import.meta.url).pathname;
 
@@ -98,10 +94,8 @@ export class Siege implements AsyncDisposable {
   /** What the server holds. */
   holdings(): Holdings {
     const text = this.#lookAt(HOLDINGS);
-    const [, descriptors, kilobytes, user, system, ticks] = /^(\d+)\n\D*(\d+) kB\n(\d+) (\d+)\n(\d+)\n$/.exec(text) ??
-      [];
+    const [, kilobytes, user, system, ticks] = /^\D*(\d+) kB\n(\d+) (\d+)\n(\d+)\n$/.exec(text) ?? [];
     return {
-      descriptors: Number(descriptors),
       residentBytes: Number(kilobytes) * 1_024,
       cpuSeconds: (Number(user) + Number(system)) / Number(ticks),
     };
@@ -128,10 +122,10 @@ export class Siege implements AsyncDisposable {
 
   /** Nothing is left of those who attacked, but for `slack` bytes that the process has not given back. */
   async assertAsBefore(before: Remains, slack = MEMORY_SLACK): Promise<void> {
+    const port = await this.port();
     // A connection that was closed has its descriptor until the event loop comes round.
-    const spare = () => before.descriptors - this.holdings().descriptors;
-    await this.until("the descriptors to be free", ({ active }) => active === 0 && spare() >= 0).catch((error) => {
-      throw new Error(`${error.message}\n${before.descriptors} before, now:\n${this.#lookAt(DESCRIPTORS)}`);
+    await this.until("all sockets but the listener's to be free", ({ active }) => {
+      return active === 0 && heldSockets(port) === 1;
     });
     const { heapBytes, residentBytes } = await this.holdingsWith(0);
     const heapGrown = heapBytes - before.heapBytes;

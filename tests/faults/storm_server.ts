@@ -61,7 +61,7 @@ function heapBytes(): number {
   return Deno.memoryUsage().heapUsed;
 }
 
-let running = start(freePort());
+let running = start(await freePort());
 console.log(`listens on 127.0.0.1:${running.port}`);
 let answered = 0;
 for await (const commands of Deno.stdin.readable.pipeThrough(new TextDecoderStream())) {

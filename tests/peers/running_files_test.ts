@@ -57,7 +57,7 @@ peerTest(
     const args = ["--proxy-from", "127.0.0.1", "--drain-delay", "0"];
     await using one = await Service.start(args);
     await using two = await Service.start(args);
-    const front = freePort();
+    const front = await freePort();
     const text = (await runningFile("nginx.conf"))({
       "0.0.0.0:8000": `127.0.0.1:${front}`,
       "127.0.0.1:8009": `127.0.0.1:${one.port}`,
@@ -136,7 +136,7 @@ peerTest(
   ["curl"],
   "socketserver@.service: its command lines start the server, probe it, and end it in time",
   async (folder) => {
-    const [port, health] = [freePort(), freePort()];
+    const [port, health] = [await freePort(), await freePort()];
     const unit = (await runningFile("socketserver@.service"))({
       "/usr/local/bin/deno": Deno.execPath(),
       "/opt/socketserver/": ROOT,
@@ -214,7 +214,7 @@ async function assertServesAndEnds(server: Program, port: number, health: number
 }
 
 peerTest(["curl"], "Dockerfile: the files that it copies are enough, and its command serves", async (folder) => {
-  const [port, health] = [freePort(), freePort()];
+  const [port, health] = [await freePort(), await freePort()];
   await using server = await startContainer(folder, {
     ":8009": `:${port}`,
     '"8009"': `"${port}"`,
@@ -227,7 +227,7 @@ peerTest(
   ["curl"],
   "kubernetes.yaml: its arguments serve in the container, and its times fit together",
   async (folder) => {
-    const [port, health] = [freePort(), freePort()];
+    const [port, health] = [await freePort(), await freePort()];
     const yaml = (await runningFile("kubernetes.yaml"))({
       "0.0.0.0": "127.0.0.1",
       '"8009"': `"${port}"`,

@@ -232,7 +232,7 @@ peerTest(["python3"], "a server that resets the connection ends the client with 
 });
 
 peerTest(["python3"], "a server that cannot be reached leaves the terminal sane", async () => {
-  await using terminal = new Terminal(["--port", String(freePort())]);
+  await using terminal = new Terminal(["--port", String(await freePort())]);
   const { how, screen } = await terminal.ended();
   assertEquals(how, "exit code 1, terminal as it was");
   assertMatch(screen.join("\n"), /^client\.ts: .* connection refused; /);

@@ -162,7 +162,7 @@ programTest("what the server says behind the half-close is printed", async () =>
 // --- Flags ------------------------------------------------------------------------
 
 programTest("--retries waits for a server that comes later", async () => {
-  const port = freePort();
+  const port = await freePort();
   await using client = startScript("client.ts", ["--port", String(port), "--retries", "50", "hello"]);
   const hasty = await runClient(port, ["--retries", "1", "hello"]);
   assertFailed(hasty, 1, / after 2 tries: /);
@@ -240,7 +240,7 @@ programTest("what a server says unasked is printed while the input waits", async
 });
 
 programTest("a server that is not there is one sentence and exit code 1", async () => {
-  const port = freePort();
+  const port = await freePort();
   const outcome = await runClient(port, ["hello"]);
   assertFailed(outcome, 1, new RegExp(`^client\\.ts: .*127\\.0\\.0\\.1:${port}: connection refused; `));
 });

@@ -124,7 +124,7 @@ async function withPlaces(test: (places: Places) => Promise<void>): Promise<void
     talking: talkingPort ?? "",
     leaving: leavingPort ?? "",
     echo: echoPort ?? "",
-    nobody: String(freePort()),
+    nobody: String(await freePort()),
   });
 }
 

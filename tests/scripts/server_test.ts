@@ -123,7 +123,7 @@ programTest("with --lines a line over 64 KiB is answered by one line, ends its c
 // --- Flags --------------------------------------------------------------------
 
 programTest("--hostname and --port say where to listen", async () => {
-  const port = freePort();
+  const port = await freePort();
   await using server = startScript("server.ts", ["--hostname", "127.0.0.2", "--port", String(port)], {
     permissions: [`--allow-net=127.0.0.2:${port}`],
   });
@@ -156,7 +156,7 @@ programTest("--idle-timeout closes a silent client and says nothing", async () =
 });
 
 programTest("--quiet prints nothing", async () => {
-  const port = freePort();
+  const port = await freePort();
   await using server = startScript("server.ts", ["--port", String(port), "--quiet"]);
   const client = await runScript("client.ts", ["--port", String(port), "--retries", "50", "hello"]);
   assertMatch(client.stdout, stamped("hello\n"));
@@ -182,7 +182,7 @@ programTest("an address of another machine is one sentence and exit code 1", asy
 });
 
 programTest("a missing permission is named, and with exactly that flag the server runs", async () => {
-  const port = freePort();
+  const port = await freePort();
   const args = ["--port", String(port)];
   const refused = await runScript("server.ts", args, { permissions: [] });
   assertFailed(refused, 1, /permission/);
@@ -235,7 +235,7 @@ for (
   const [name, env, isColoured] of [["in colours", { NO_COLOR: "" }, true], ["not with NO_COLOR", {}, false]] as const
 ) {
   peerTest(["python3"], `on a terminal addresses stand out, ${name}`, async () => {
-    await using server = new Terminal(["--port", String(freePort())], { script: "server.ts", env });
+    await using server = new Terminal(["--port", String(await freePort())], { script: "server.ts", env });
     await server.showsLike(/waiting for connection\.\.\. on 127\.0\.0\.1:\d+/);
     assertEquals(server.output.includes(COLOUR), isColoured);
   });
