@@ -31,6 +31,8 @@ export interface Load {
   /** After which a connection is replaced. */
   exchanges?: number;
   newcomers?: number;
+  /** Seconds before the memory of idle connections is measured; 1 if it is not said. */
+  silence?: number;
 }
 
 const SMALL = 64;
@@ -45,6 +47,8 @@ const NEWCOMERS = 48;
 const STREAM_BYTES = 2 ** 30;
 const QUICK_STREAM_BYTES = 2 ** 27;
 const IDLE = 10_000;
+/** Seconds in which V8 sees that nothing happens, and gives back what it needed for new objects; 25 are enough. */
+const LONG_SILENCE = 40;
 /** What is seldom is measured so many times longer. */
 const LONG = 2;
 
@@ -196,6 +200,20 @@ function idle(): Work[] {
     title: "10,000 idle connections, lines()",
     contenders: [contender(OURS, "lines"), plain],
     goals: [times("memory", 1 / 1.22, plain.name)],
+  }, {
+    ...work,
+    id: "idle-long",
+    title: `the same after ${LONG_SILENCE} s, recv()`,
+    load: { ...work.load, silence: LONG_SILENCE },
+    contenders: [contender(OURS, "recv"), plain, lean],
+    goals: [within("memory", 135 * MIB), times("memory", 1 / 1.1, plain.name)],
+  }, {
+    ...work,
+    id: "idle-long-lines",
+    title: `the same after ${LONG_SILENCE} s, lines()`,
+    load: { ...work.load, silence: LONG_SILENCE },
+    contenders: [contender(OURS, "lines"), plain],
+    goals: [within("memory", 150 * MIB), times("memory", 1 / 1.22, plain.name)],
   }];
 }
 

@@ -19,8 +19,6 @@
 #define EVENTS 1024
 /* How late a newcomer may come. */
 #define WAIT_MS 2
-/* For a server to free what it needed while the idle connections were opened. */
-#define SETTLING_SECONDS 1.0
 #define RECEIVE_BYTES 65536
 
 typedef struct {
@@ -276,7 +274,7 @@ void run_idle(const Options *given) {
   double begun = now();
   open_all();
   double end = now();
-  sleep_seconds(SETTLING_SECONDS);
+  sleep_seconds(given->silence);
   print_figures((Figure[]){
       {"rate", client_count / (end - begun)},
       {"memory", resident_bytes((pid_t)given->server)},

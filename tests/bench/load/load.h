@@ -26,6 +26,7 @@ typedef struct {
   double exchanges;    /* after which a connection is closed and another one opened; 0: never */
   double newcomers;    /* connections that come one after the other while the others are busy */
   double seconds;      /* that are measured; a warm-up comes before them */
+  double silence;      /* seconds that idle connections are silent before the server's memory is measured */
 } Options;
 
 Options parse_options(int count, char **arguments);

@@ -27,7 +27,7 @@ static const char *value_of(const char *argument, const char *name) {
 }
 
 Options parse_options(int count, char **arguments) {
-  Options options = {.mode = "", .connections = 1, .bytes = 64, .seconds = 1};
+  Options options = {.mode = "", .connections = 1, .bytes = 64, .seconds = 1, .silence = 1};
   const Option known[] = {
       {"mode", NULL, &options.mode},
       {"path", NULL, &options.path},
@@ -41,6 +41,7 @@ Options parse_options(int count, char **arguments) {
       {"exchanges", &options.exchanges, NULL},
       {"newcomers", &options.newcomers, NULL},
       {"seconds", &options.seconds, NULL},
+      {"silence", &options.silence, NULL},
   };
   const size_t known_count = sizeof known / sizeof *known;
   for (int i = 1; i < count; i++) {
