@@ -398,6 +398,21 @@ Deno.test("shutdown() cuts a handler off that never ends, and names its client",
   });
 });
 
+Deno.test("the server's grace is that of a shutdown() which names none, and close() shortens it", async () => {
+  for (const closesAt of [undefined, 1_000]) {
+    await onStage(Endless, { grace: 3_000 }, async ({ server, time, accept }) => {
+      const conn = await accept();
+      const down = server.shutdown();
+      await time.advance(closesAt ?? 2_999);
+      assert(!conn.isClosed);
+      if (closesAt === undefined) await time.advance(1);
+      else server.close();
+      assert(conn.isClosed);
+      assertEquals(counts(await time.advanceUntil(down, 200)), [0, 1]);
+    });
+  }
+});
+
 Deno.test("shutdown({ grace: 0 }) cuts at once, and finish() still has 200 ms", async () => {
   const calls: string[] = [];
   class Ending extends StreamRequestHandler {

@@ -33,6 +33,26 @@ export function scaled(short: number, full: number): number {
   return Math.max(1, Math.round(full * Number(share || 1)));
 }
 
+/** Several times what the longest test takes on a busy machine. */
+const LIMIT_MS = scaled(120_000, 3_600_000);
+
+/**
+ * `fn`, which rejects if it takes too long. A test that waits for ever would say nothing, or let Deno 2.9.6 panic at the
+ * next test: it does not give back the permissions of one whose event loop has run dry.
+ */
+function inTime(name: string, fn: (t: Deno.TestContext) => void | Promise<void>): typeof fn {
+  const late = new Deno.errors.TimedOut(`"${name}" has not ended within ${LIMIT_MS} ms`); // Its stack names the file.
+  return async (t) => {
+    const { promise, reject } = Promise.withResolvers<never>();
+    const timer = setTimeout(() => reject(late), LIMIT_MS);
+    try {
+      await Promise.race([fn(t), promise]);
+    } finally {
+      clearTimeout(timer);
+    }
+  };
+}
+
 function testNeeding(needs: Needs, name: string, fn: (t: Deno.TestContext) => void | Promise<void>): void {
   const names = Object.keys(needs) as (keyof Needs)[];
   const missing = names.filter((name) => Deno.permissions.querySync({ name }).state !== "granted");
@@ -41,7 +61,8 @@ function testNeeding(needs: Needs, name: string, fn: (t: Deno.TestContext) => vo
     const flags = missing.map((name) => `--allow-${name}`).join(" ");
     console.log(`Tests that need ${flags} are left out; "deno task test" runs all.`);
   }
-  Deno.test({ name, fn, ignore: missing.length > 0, ...(missing.length > 0 ? {} : { permissions: needs }) });
+  const permissions = missing.length > 0 ? {} : { permissions: needs };
+  Deno.test({ name, fn: inTime(name, fn), ignore: missing.length > 0, ...permissions });
 }
 
 /** A test over real sockets of 127.0.0.1. */
