@@ -1119,16 +1119,12 @@ class Input {
     this.#end += count;
     const isFull = this.#end === this.#bytes.length;
     this.#lastCount = isFull ? count * 2 : count; // More of it would have come.
-    if (isFull && count > this.#size >> 1) this.#resize(Math.min(this.#wanted * 4, MAX_BUFFER_BYTES));
-    else if (count > this.#size >> 3 || this.#size <= BUSY_BUFFER_BYTES) this.#smallReads = 0;
-    else if (++this.#smallReads === SMALL_READS_BEFORE_SHRINKING) {
-      this.#resize(Math.max(this.#wanted >> 2, BUSY_BUFFER_BYTES));
-    }
-  }
-
-  #resize(wanted: number): void {
+    if (isFull && count > this.#size >> 1) this.#wanted = Math.min(this.#wanted * 4, MAX_BUFFER_BYTES);
+    const isSmall = count <= this.#size >> 3 && this.#size > BUSY_BUFFER_BYTES;
+    this.#smallReads = isSmall ? this.#smallReads + 1 : 0;
+    if (this.#smallReads < SMALL_READS_BEFORE_SHRINKING) return;
     this.#smallReads = 0;
-    this.#wanted = wanted;
+    this.#wanted = Math.max(this.#wanted >> 2, BUSY_BUFFER_BYTES);
   }
 
   /** Makes the next buffers as large as a caller wants its chunks. */
