@@ -1375,8 +1375,7 @@ class Output {
   #conn: StreamConn;
   #taken = 0;
   #sent = 0;
-  /** The bytes that are being written, and the promise of that write. */
-  #current: Uint8Array = NO_BYTES;
+  /** The write that is under way. */
   #writing: Promise<void> | undefined;
   #queue: Uint8Array[] | undefined;
   #block = NO_BYTES;
@@ -1433,7 +1432,7 @@ class Output {
     const bytes = bytesOf(data);
     if (!this.isIdle || bytes.length === 0) return this.#enqueue(bytes);
     this.#taken += bytes.length;
-    return this.#write(bytes);
+    return this.#startWriting(bytes);
   }
 
   flush(): Promise<void> {
@@ -1479,7 +1478,7 @@ class Output {
 
   /** Sends the gathered bytes, unless a write under way will. */
   flushGathered(): void {
-    if (this.#current.length === 0 && !this.isIdle) this.#pump();
+    if (this.#writing === undefined && !this.isIdle) this.#writeNext();
   }
 
   flushAtTurnEnd(): void {
@@ -1492,7 +1491,7 @@ class Output {
     if (this.failure !== undefined) return;
     this.failure = error;
     this.#taken = this.#sent;
-    this.#current = this.#block = NO_BYTES;
+    this.#block = NO_BYTES;
     this.#blockLength = 0;
     this.#queue = undefined;
     this.#text = "";
@@ -1564,18 +1563,17 @@ class Output {
 
   /** Sends the gathered bytes when this turn of the event loop is over, if nothing does before. */
   #flushSoon(): Promise<void> {
-    if (!this.#isScheduled && this.#current.length === 0) {
+    if (!this.#isScheduled && this.#writing === undefined) {
       this.#isScheduled = true;
       if (unflushed.push(this) === 1) setImmediate(flushAll);
     }
     return DONE;
   }
 
-  #pump(): void {
+  #writeNext(): void {
     const next = this.#next();
-    if (next !== undefined) return void this.#write(next);
-    this.#current = NO_BYTES;
-    this.#writing = undefined;
+    if (next === undefined) this.#writing = undefined;
+    else this.#startWriting(next);
   }
 
   /** The oldest bytes that wait. */
@@ -1603,31 +1601,26 @@ class Output {
     return bytes;
   }
 
-  /** The promise of a lone `send()` is the very one that brings the count. */
-  #write(bytes: Uint8Array): Promise<void> {
-    this.#current = bytes;
-    try {
-      return this.#writing = this.#conn.write(bytes).then(
-        (count) => this.#noteSent(count),
-        (error) => {
-          throw this.#failWith(error);
-        },
-      );
-    } catch (error) {
-      return rejection(this.#failWith(error)); // A connection of the caller's own has thrown.
-    }
+  /** The promise of a lone `send()` is the very one of its write. */
+  #startWriting(bytes: Uint8Array): Promise<void> {
+    this.#writing = this.#write(bytes);
+    // A connection of the caller's own may have thrown at once.
+    return this.failure === undefined ? this.#writing : forgettable(this.#writing);
   }
 
-  #noteSent(count: number): Promise<void> | void {
-    if (this.failure !== undefined) throw this.failure; // fail() was here first.
-    this.#sent += count;
-    const rest = this.#current.length - count;
-    if (this.#waiters !== undefined) this.#settle(this.#waiters);
-    if (rest === 0) return this.#pump();
-    const sent = this.#until(this.#sent + rest);
-    if (this.#writing !== undefined) forgettable(this.#writing); // It follows `sent`, and perhaps nobody follows it.
-    this.#write(this.#current.subarray(count));
-    return sent;
+  async #write(bytes: Uint8Array): Promise<void> {
+    try {
+      for (let rest = bytes;;) {
+        const count = await this.#conn.write(rest);
+        if (this.failure !== undefined) throw this.failure; // fail() was here first.
+        this.#sent += count;
+        if (this.#waiters !== undefined) this.#settle(this.#waiters);
+        if (count === rest.length) return this.#writeNext();
+        rest = rest.subarray(count);
+      }
+    } catch (error) {
+      throw this.#failWith(error);
+    }
   }
 
   #settle(waiters: SendWaiter[]): void {
