@@ -1367,14 +1367,15 @@ interface SendWaiter extends PromiseWithResolvers<void> {
 }
 
 /**
- * The bytes that a stream sends. Positions tell all about them: `#taken` bytes were accepted, the kernel has `#sent` of
+ * The bytes that a stream sends. Positions tell all about them: `#taken` bytes were accepted, the kernel has `sent` of
  * them. One write is under way at a time, so nothing interleaves. What waits is first the queue, then the block, then
  * the text.
  */
 class Output {
   #conn: StreamConn;
   #taken = 0;
-  #sent = 0;
+  /** The bytes that the kernel has. */
+  sent = 0;
   /** The write that is under way. */
   #writing: Promise<void> | undefined;
   #queue: Uint8Array[] | undefined;
@@ -1393,17 +1394,13 @@ class Output {
     this.#conn = conn;
   }
 
-  get sent(): number {
-    return this.#sent;
-  }
-
   get buffered(): number {
-    return this.#taken - this.#sent + encoder.encode(this.#text).length;
+    return this.#taken - this.sent + encoder.encode(this.#text).length;
   }
 
   /** Whether nothing waits to leave. */
   get isIdle(): boolean {
-    return this.#taken === this.#sent && this.#text === "" && !this.#isEnding;
+    return this.#taken === this.sent && this.#text === "" && !this.#isEnding;
   }
 
   /** Gathers `data`; resolves at once unless more than `highWaterMark` bytes wait. */
@@ -1412,7 +1409,7 @@ class Output {
     if (refusal !== undefined) return rejection(refusal);
     if (typeof data === "string") {
       const characters = this.#text.length + data.length;
-      const most = this.#taken - this.#sent + characters * MAX_UTF8_BYTES;
+      const most = this.#taken - this.sent + characters * MAX_UTF8_BYTES;
       if (characters <= TEXT_CHARACTERS && most <= highWaterMark) {
         this.#text += data;
         return this.#flushSoon();
@@ -1420,8 +1417,9 @@ class Output {
     }
     this.#encodeText();
     const bytes = bytesOf(data);
-    if (this.#taken - this.#sent + bytes.length > highWaterMark) return this.#enqueue(bytes);
+    if (this.#taken - this.sent + bytes.length > highWaterMark) return this.#enqueue(bytes);
     this.#gather(bytes);
+    this.#taken += bytes.length;
     return this.#flushSoon();
   }
 
@@ -1490,7 +1488,7 @@ class Output {
   fail(error: Error): void {
     if (this.failure !== undefined) return;
     this.failure = error;
-    this.#taken = this.#sent;
+    this.#taken = this.sent;
     this.#block = NO_BYTES;
     this.#blockLength = 0;
     this.#queue = undefined;
@@ -1515,9 +1513,14 @@ class Output {
 
   /** Puts the text into the block, behind the bytes that came before it. */
   #encodeText(): void {
-    const text = this.#text;
+    if (this.#text !== "") this.#gather(this.#takeText());
+  }
+
+  #takeText(): Uint8Array {
+    const bytes = encoder.encode(this.#text);
     this.#text = "";
-    if (text !== "") this.#gather(encoder.encode(text));
+    this.#taken += bytes.length;
+    return bytes;
   }
 
   /** Copies `bytes`, so that they are the caller's again. */
@@ -1530,22 +1533,14 @@ class Output {
     }
     this.#block.set(bytes, this.#blockLength);
     this.#blockLength = length;
-    this.#taken += bytes.length;
-  }
-
-  #seal(): void {
-    if (this.#blockLength > 0) this.#put(this.#takeBlock());
-  }
-
-  #put(bytes: Uint8Array): void {
-    if (bytes.length > 0) (this.#queue ??= []).push(bytes);
   }
 
   /** Resolves once the kernel has `bytes` and all before them. */
   #enqueue(bytes: Uint8Array): Promise<void> {
     this.#encodeText();
-    this.#seal();
-    this.#put(bytes);
+    const queue = this.#queue ??= [];
+    if (this.#blockLength > 0) queue.push(this.#takeBlock());
+    if (bytes.length > 0) queue.push(bytes);
     this.#taken += bytes.length;
     const sent = this.#until(this.#taken);
     this.flushGathered();
@@ -1553,7 +1548,7 @@ class Output {
   }
 
   #until(position: number): Promise<void> {
-    if (this.#sent >= position) return DONE;
+    if (this.sent >= position) return DONE;
     const last = this.#waiters?.at(-1);
     if (last?.position === position) return last.promise; // Many flushes in a row are one.
     const waiter = { position, ...Promise.withResolvers<void>() };
@@ -1581,7 +1576,7 @@ class Output {
     const queued = this.#queue?.shift();
     if (this.#queue?.length === 0) this.#queue = undefined;
     if (queued !== undefined) return queued;
-    if (this.#blockLength === 0) return this.#text === "" ? undefined : this.#takeText();
+    if (this.#blockLength === 0) return this.#text === "" ? undefined : this.#takeText(); // It needs no copy.
     this.#encodeText();
     return this.#takeBlock();
   }
@@ -1590,14 +1585,6 @@ class Output {
     const bytes = this.#block.subarray(0, this.#blockLength);
     this.#block = NO_BYTES;
     this.#blockLength = 0;
-    return bytes;
-  }
-
-  /** The text alone, which needs no copy. */
-  #takeText(): Uint8Array {
-    const bytes = encoder.encode(this.#text);
-    this.#text = "";
-    this.#taken += bytes.length;
     return bytes;
   }
 
@@ -1613,7 +1600,7 @@ class Output {
       for (let rest = bytes;;) {
         const count = await this.#conn.write(rest);
         if (this.failure !== undefined) throw this.failure; // fail() was here first.
-        this.#sent += count;
+        this.sent += count;
         if (this.#waiters !== undefined) this.#settle(this.#waiters);
         if (count === rest.length) return this.#writeNext();
         rest = rest.subarray(count);
@@ -1624,7 +1611,7 @@ class Output {
   }
 
   #settle(waiters: SendWaiter[]): void {
-    while (waiters[0] !== undefined && waiters[0].position <= this.#sent) waiters.shift()?.resolve();
+    while (waiters[0] !== undefined && waiters[0].position <= this.sent) waiters.shift()?.resolve();
     if (waiters.length === 0) this.#waiters = undefined;
   }
 
