@@ -1372,7 +1372,6 @@ interface SendWaiter extends PromiseWithResolvers<void> {
  * the text.
  */
 class Output {
-  #conn: StreamConn;
   #taken = 0;
   /** The bytes that the kernel has. */
   sent = 0;
@@ -1390,9 +1389,8 @@ class Output {
   /** Nothing can be sent any more, because of it. */
   failure: Error | undefined;
 
-  constructor(conn: StreamConn) {
-    this.#conn = conn;
-  }
+  /** `conn` is changed by `upgrade()` only. */
+  constructor(public conn: StreamConn) {}
 
   get buffered(): number {
     return this.#taken - this.sent + encoder.encode(this.#text).length;
@@ -1452,7 +1450,7 @@ class Output {
 
   async #end({ resolve }: PromiseWithResolvers<void>): Promise<void> {
     await this.flush();
-    await this.#conn.closeWrite();
+    await this.conn.closeWrite();
     this.#isEnding = false;
     resolve();
   }
@@ -1470,7 +1468,7 @@ class Output {
 
   /** Writes to `conn` from now on. */
   goOn(conn: StreamConn): void {
-    this.#conn = conn;
+    this.conn = conn;
     this.#isHeld = false;
   }
 
@@ -1598,7 +1596,7 @@ class Output {
   async #write(bytes: Uint8Array): Promise<void> {
     try {
       for (let rest = bytes;;) {
-        const count = await this.#conn.write(rest);
+        const count = await this.conn.write(rest);
         if (this.failure !== undefined) throw this.failure; // fail() was here first.
         this.sent += count;
         if (this.#waiters !== undefined) this.#settle(this.#waiters);
@@ -1708,8 +1706,6 @@ const STREAM_IS_CLOSED = "The stream is closed";
  * handlers; servers and timers use it directly.
  */
 class Transport implements Watched {
-  /** Changed by `upgrade()` only. */
-  conn: StreamConn;
   readonly output: Output;
   bytesRead = 0;
   /** Bytes were read since the last write, so the peer waits for an answer. */
@@ -1737,11 +1733,14 @@ class Transport implements Watched {
   #releases: Releases | undefined;
 
   constructor(conn: StreamConn, settings: StreamSettings) {
-    this.conn = conn;
     this.#settings = settings;
     this.output = new Output(conn);
     turnstile.streams++;
     this.#watchFor(Math.min(settings.idleTimeout, settings.maxLifetime));
+  }
+
+  get conn(): StreamConn {
+    return this.output.conn;
   }
 
   get timeout(): number {
@@ -1942,7 +1941,6 @@ class Transport implements Watched {
     if (!hasPassed) throw new Deno.errors.ConnectionAborted("Cannot upgrade(): the filter has refused the connection");
     if (this.#isClosed) closeQuietly(conn); // It was closed in the same moment.
     this.#pending = undefined;
-    this.conn = conn;
     this.output.goOn(conn);
   }
 
