@@ -1708,12 +1708,12 @@ const STREAM_IS_CLOSED = "The stream is closed";
 class Transport implements Watched {
   readonly output: Output;
   bytesRead = 0;
-  /** Bytes were read since the last write, so the peer waits for an answer. */
-  owesAnswer = false;
   /** The server's record of this request. */
   session: { readonly signal: AbortSignal } | undefined;
   readonly #settings: StreamSettings;
   readonly #input = new Input();
+  /** How far the peer's bytes were read at the last write. */
+  #answered = 0;
   /** Set once it was changed: a number in each stream costs an idle connection 16 bytes. */
   #timeout: number | undefined;
   #watch: Watch | undefined;
@@ -1753,6 +1753,11 @@ class Transport implements Watched {
     if (!this.output.isIdle) this.#watchFor(ms);
   }
 
+  /** Bytes were read since the last write, so the peer waits for an answer. */
+  get owesAnswer(): boolean {
+    return this.bytesRead - this.#input.length > this.#answered;
+  }
+
   /** The call that it waits in; `"handler"` if it waits for nothing of the client's. */
   get waitsFor(): string {
     return this.#pending?.call ?? (this.output.isIdle ? "handler" : "send()");
@@ -1777,14 +1782,10 @@ class Transport implements Watched {
   ): Promise<T> {
     const refusal = this.#readRefusal(call);
     if (refusal !== undefined) return rejection(refusal);
-    const { length } = this.#input;
     this.#input.searched = 0;
     try {
       const answer = take(this.#input, argument, this.#settings.limit);
-      if (answer !== MORE) {
-        if (this.#input.length < length) this.owesAnswer = true;
-        return Promise.resolve(answer);
-      }
+      if (answer !== MORE) return Promise.resolve(answer);
     } catch (error) {
       return rejection(this.#noteRaised(error));
     }
@@ -1861,9 +1862,7 @@ class Transport implements Watched {
     const pending = this.#pending;
     if (pending === undefined) return;
     try {
-      const before = this.#input.length + this.#input.directCount;
       if (!pending.tryToAnswer(this.#input, this.#settings.limit)) return this.#fill();
-      if (this.#input.length < before) this.owesAnswer = true;
       this.#pending = undefined;
     } catch (error) {
       this.#rejectPending(error);
@@ -1893,7 +1892,7 @@ class Transport implements Watched {
     if (this.#isClosed) return rejection(this.#closedError());
     const mistake = checkData(call, data);
     if (mistake !== undefined) return rejection(mistake);
-    this.owesAnswer = false;
+    this.#answered = this.bytesRead - this.#input.length;
     this.#watchTimeout();
     return undefined;
   }
