@@ -1804,7 +1804,7 @@ class Transport implements Watched {
   #wait(pending: PendingCall): void {
     this.#pending = pending;
     this.output.flushGathered(); // A question must leave before its answer is waited for.
-    this.#watchTimeout();
+    this.#watchFor(this.timeout);
     if (this.#draining !== "no" && this.#endsHere(pending.startsMessage)) this.#end();
     else if (!this.#isFilling) this.#fill();
   }
@@ -1893,19 +1893,19 @@ class Transport implements Watched {
     const mistake = checkData(call, data);
     if (mistake !== undefined) return rejection(mistake);
     this.#answered = this.bytesRead - this.#input.length;
-    this.#watchTimeout();
+    this.#watchFor(this.timeout);
     return undefined;
   }
 
   flush(): Promise<void> {
     if (this.#isClosed) return rejection(this.#closedError());
-    this.#watchTimeout();
+    this.#watchFor(this.timeout);
     return this.output.flush();
   }
 
   closeWrite(): Promise<void> {
     if (this.#isClosed) return rejection(this.#closedError());
-    this.#watchTimeout();
+    this.#watchFor(this.timeout);
     return this.output.closeWrite();
   }
 
@@ -2022,15 +2022,11 @@ class Transport implements Watched {
     return failure;
   }
 
-  /** Makes sure that a read or a write that begins is watched. */
-  #watchTimeout(): void {
-    if (this.timeout < (this.#watch?.shortest ?? Infinity)) this.#watchFor(this.timeout);
-  }
-
+  /** Makes sure that a time of `ms` is watched: such as that of a read or a write that begins. */
   #watchFor(ms: number): void {
-    if (ms === Infinity) return;
+    if (ms >= (this.#watch?.shortest ?? Infinity)) return;
     this.#watch ??= new Watch();
-    this.#watch.shortest = Math.min(this.#watch.shortest, ms);
+    this.#watch.shortest = ms;
     deadlines.watch(this, ms);
   }
 
