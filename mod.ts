@@ -1403,8 +1403,6 @@ class Output {
 
   /** Gathers `data`; resolves at once unless more than `highWaterMark` bytes wait. */
   write(data: Uint8Array | string, highWaterMark: number): Promise<void> {
-    const refusal = this.refusal("write()");
-    if (refusal !== undefined) return rejection(refusal);
     if (typeof data === "string") {
       const characters = this.#text.length + data.length;
       const most = this.#taken - this.sent + characters * MAX_UTF8_BYTES;
@@ -1423,8 +1421,6 @@ class Output {
 
   /** Sends `data` behind all that came before; resolves once the kernel has it. */
   send(data: Uint8Array | string): Promise<void> {
-    const refusal = this.refusal("send()");
-    if (refusal !== undefined) return rejection(refusal);
     const bytes = bytesOf(data);
     if (!this.isIdle || bytes.length === 0) return this.#enqueue(bytes);
     this.#taken += bytes.length;
@@ -1889,9 +1885,8 @@ class Transport implements Watched {
   }
 
   #refusalOf(call: string, data: unknown): Promise<never> | undefined {
-    if (this.#isClosed) return rejection(this.#closedError());
-    const mistake = checkData(call, data);
-    if (mistake !== undefined) return rejection(mistake);
+    const refusal = this.#isClosed ? this.#closedError() : checkData(call, data) ?? this.output.refusal(call);
+    if (refusal !== undefined) return rejection(refusal);
     this.#answered = this.bytesRead - this.#input.length;
     this.#watchFor(this.timeout);
     return undefined;
