@@ -1939,19 +1939,13 @@ class Transport implements Watched {
   }
 
   #checkUpgradable(): void {
-    const { length } = this.#input;
-    const refusal = this.#isClosed || this.#failure !== undefined
-      ? this.#closedError()
-      : this.output.refusal("upgrade()");
+    const call = "upgrade()";
+    const isOver = this.#isClosed || this.#failure !== undefined;
+    const refusal = isOver ? this.#closedError() : this.output.refusal(call) ?? this.#readRefusal(call);
     if (refusal !== undefined) throw refusal;
-    if (this.#input.ended) {
-      throw new Deno.errors.BrokenPipe("Cannot upgrade(): the peer has ended its side of the stream");
-    }
-    if (this.#pending !== undefined || this.#isFilling) {
-      throw new Deno.errors.Busy(
-        `Cannot upgrade(): ${this.#pending?.call ?? "an earlier read"} waits on the same stream`,
-      );
-    }
+    const { length, ended } = this.#input;
+    if (ended) throw new Deno.errors.BrokenPipe("Cannot upgrade(): the peer has ended its side of the stream");
+    if (this.#isFilling) throw new Deno.errors.Busy("Cannot upgrade(): an earlier read waits on the same stream");
     if (length === 0) return;
     throw new Deno.errors.Busy(`Cannot upgrade(): ${length} received bytes are unread; read them, or close`);
   }
