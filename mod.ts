@@ -1384,8 +1384,9 @@ class Output {
   #waiters: SendWaiter[] | undefined;
   #ending: PromiseWithResolvers<void> | undefined;
   #isEnding = false;
-  #isHeld = false;
   #isScheduled = false;
+  /** `upgrade()` is under way. */
+  isHeld = false;
   /** Nothing can be sent any more, because of it. */
   failure: Error | undefined;
 
@@ -1456,18 +1457,6 @@ class Output {
     return this.#ending?.promise ?? this.flush();
   }
 
-  /** Sends all and refuses more until `goOn()`. */
-  hold(): Promise<void> {
-    this.#isHeld = true;
-    return this.flush();
-  }
-
-  /** Writes to `conn` from now on. */
-  goOn(conn: StreamConn): void {
-    this.conn = conn;
-    this.#isHeld = false;
-  }
-
   /** Sends the gathered bytes, unless a write under way will. */
   flushGathered(): void {
     if (this.#writing === undefined && !this.isIdle) this.#writeNext();
@@ -1500,7 +1489,7 @@ class Output {
   /** The reason why `call` cannot write, if there is one. */
   refusal(call: string): Error | undefined {
     if (this.failure !== undefined) return this.failure;
-    if (this.#isHeld) return new Deno.errors.Busy(`Cannot ${call}: upgrade() is under way`);
+    if (this.isHeld) return new Deno.errors.Busy(`Cannot ${call}: upgrade() is under way`);
     if (this.#ending === undefined) return undefined;
     return new Deno.errors.BrokenPipe(`Cannot ${call}: closeWrite() has ended this side of the stream`);
   }
@@ -1918,8 +1907,9 @@ class Transport implements Watched {
     };
     this.#watchFor(timeout);
     const filtered = { conn: this.conn };
+    this.output.isHeld = true;
     try {
-      await unlessAborted(this.output.hold(), controller.signal);
+      await unlessAborted(this.output.flush(), controller.signal);
       const context = { signal: controller.signal, onEnd: (release: () => void) => this.releases.add(release) };
       const passed = Promise.try(() => runFilters([filter], filtered, context));
       this.#goOn(await unlessAborted(passed, controller.signal), filtered.conn);
@@ -1935,7 +1925,8 @@ class Transport implements Watched {
     if (!hasPassed) throw new Deno.errors.ConnectionAborted("Cannot upgrade(): the filter has refused the connection");
     if (this.#isClosed) closeQuietly(conn); // It was closed in the same moment.
     this.#pending = undefined;
-    this.output.goOn(conn);
+    this.output.isHeld = false;
+    this.output.conn = conn;
   }
 
   #checkUpgradable(): void {
