@@ -1616,44 +1616,30 @@ function flushAll(): void {
 
 // --- Transports -------------------------------------------------------------
 
-/** The one call that waits for input: a read, or `upgrade()`. */
-interface PendingCall {
-  /** Its name, as callers write it. */
-  readonly call: string;
-  /** Milliseconds that it may wait, which bytes that drip in do not prolong. */
-  readonly timeout: number;
-  /** Whether it begins a new message, so that a draining server may end it. */
-  readonly startsMessage: boolean;
-  /** The caller's own array, if there is one. */
-  readonly into?: Uint8Array | undefined;
-  /** The time of the first look at it. */
-  seenAt: number;
-  /** Settles it if the input has its answer; throws what it has to reject with. */
-  tryToAnswer(input: Input, limit: number): boolean;
-  reject(error: unknown): void;
-}
-
 /** A read that waits for more bytes. */
-class WaitingRead<T, Argument> implements PendingCall {
+class WaitingRead<T, Argument> {
   readonly promise: Promise<T>;
   readonly #resolve: (answer: T) => void;
   readonly #reject: (error: unknown) => void;
+  /** The time of the first look at it. */
   seenAt = UNSEEN;
 
+  /**
+   * `call` is its name, as callers write it. It waits for `timeout` milliseconds, which bytes that drip in do not
+   * prolong. If it `startsMessage`, a draining server may end it. `into` is the caller's own array, if there is one.
+   */
   constructor(
     readonly call: string,
     readonly take: Take<T, Argument>,
     readonly argument: Argument,
     readonly timeout: number,
     readonly startsMessage: boolean,
-    readonly into: Uint8Array | undefined,
+    readonly into?: Uint8Array,
   ) {
-    const { promise, resolve, reject } = Promise.withResolvers<T>();
-    this.promise = promise;
-    this.#resolve = resolve;
-    this.#reject = reject;
+    ({ promise: this.promise, resolve: this.#resolve, reject: this.#reject } = Promise.withResolvers<T>());
   }
 
+  /** Settles it if the input has its answer; throws what it has to reject with. */
   tryToAnswer(input: Input, limit: number): boolean {
     const answer = this.take(input, this.argument, limit);
     if (answer === MORE) return false;
@@ -1666,6 +1652,9 @@ class WaitingRead<T, Argument> implements PendingCall {
     this.#reject(error);
   }
 }
+
+/** The one call that waits for input: a read, or `upgrade()`, which no input answers. */
+type PendingCall = Omit<WaitingRead<unknown, unknown>, "promise" | "take" | "argument">;
 
 /** The deadlines of a stream that has any. */
 class Watch {
@@ -1897,14 +1886,9 @@ class Transport implements Watched {
   async upgrade(filter: ConnectionFilter, timeout: number): Promise<void> {
     this.#checkUpgradable();
     const controller = new AbortController();
-    this.#pending = {
-      call: "upgrade()",
-      timeout,
-      startsMessage: false,
-      seenAt: UNSEEN,
-      tryToAnswer: () => false,
-      reject: (error) => controller.abort(error),
-    };
+    const waiting = new WaitingRead<never, undefined>("upgrade()", () => MORE, undefined, timeout, false);
+    waiting.promise.catch((error) => controller.abort(error));
+    this.#pending = waiting;
     this.#watchFor(timeout);
     const filtered = { conn: this.conn };
     this.output.isHeld = true;
