@@ -427,18 +427,13 @@ const DATAGRAM_SERVER_DEFAULTS: Resolved<DatagramServerOptions> = { maxConcurren
 
 const FRAME_DEFAULTS: FrameFormat = { lengthBytes: 4, littleEndian: false };
 
-/** The smallest number that an option may have, and whether it must be whole; all may be `Infinity`. */
-interface NumberRule {
-  readonly min: number;
-  readonly isWhole: boolean;
-}
+// The smallest number that an option may have, and whether it must be whole; all may be `Infinity`.
+const ABOVE_0 = { min: Number.MIN_VALUE, isWhole: false };
+const FROM_0 = { min: 0, isWhole: false };
+const WHOLE_FROM_0 = { min: 0, isWhole: true };
+const WHOLE_FROM_1 = { min: 1, isWhole: true };
 
-const ABOVE_0: NumberRule = { min: Number.MIN_VALUE, isWhole: false };
-const FROM_0: NumberRule = { min: 0, isWhole: false };
-const WHOLE_FROM_0: NumberRule = { min: 0, isWhole: true };
-const WHOLE_FROM_1: NumberRule = { min: 1, isWhole: true };
-
-const NUMBER_RULES: Record<string, NumberRule> = {
+const NUMBER_RULES: Record<string, typeof FROM_0> = {
   timeout: ABOVE_0,
   idleTimeout: ABOVE_0,
   maxLifetime: ABOVE_0,
