@@ -871,35 +871,25 @@ function delay(ms: number, signal?: AbortSignal): Promise<void> {
   });
 }
 
-/** The waits for each promise. A wait that is over must leave nothing at a promise that is waited for again and again. */
-const waitsFor = new WeakMap<Promise<unknown>, Set<() => void>>();
-
-function waitsOf(promise: Promise<unknown>): Set<() => void> {
-  const known = waitsFor.get(promise);
-  if (known !== undefined) return known;
-  const waits = new Set<() => void>();
-  const settleAll = () => {
-    waitsFor.delete(promise);
-    waits.forEach((settle) => settle());
-  };
-  promise.then(settleAll, settleAll);
-  waitsFor.set(promise, waits);
-  return waits;
+/** Whether `promise` settles within `ms`. */
+async function settlesWithin(promise: Promise<unknown>, ms: number): Promise<boolean> {
+  const settlement = settlementOf(promise);
+  await delay(ms, settlement);
+  return settlement.aborted;
 }
 
-/** Whether `promise` settles within `ms`. */
-function settlesWithin(promise: Promise<unknown>, ms: number): Promise<boolean> {
-  const waits = waitsOf(promise);
-  return new Promise((resolve) => {
-    const end = (isSettled: boolean) => {
-      clearTimeout(timer);
-      waits.delete(settle);
-      resolve(isSettled);
-    };
-    const settle = () => end(true);
-    const timer = startTimer(() => end(false), ms);
-    waits.add(settle);
-  });
+/** A wait that is over must leave nothing at a promise that is waited for again and again: these can forget it. */
+const settlements = new WeakMap<Promise<unknown>, AbortSignal>();
+
+/** A signal that aborts when `promise` settles. */
+function settlementOf(promise: Promise<unknown>): AbortSignal {
+  const known = settlements.get(promise);
+  if (known !== undefined) return known;
+  const controller = new AbortController();
+  const settle = () => controller.abort("settled"); // The default reason would be an error, with a stack.
+  promise.then(settle, settle);
+  settlements.set(promise, controller.signal);
+  return controller.signal;
 }
 
 /** Settles as `promise` does, but rejects as soon as `signal` aborts, with its reason. */
