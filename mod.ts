@@ -1660,7 +1660,6 @@ class Transport {
   bytesRead = 0;
   /** The server's record of this request. */
   session: { readonly signal: AbortSignal } | undefined;
-  readonly #settings: StreamSettings;
   readonly #input = new Input();
   /** How far the peer's bytes were read at the last write. */
   #answered = 0;
@@ -1682,8 +1681,7 @@ class Transport {
   #draining: "no" | "soon" | "late" = "no";
   #releases: Releases | undefined;
 
-  constructor(conn: StreamConn, settings: StreamSettings) {
-    this.#settings = settings;
+  constructor(conn: StreamConn, readonly settings: StreamSettings) {
     this.output = new Output(conn);
     turnstile.streams++;
     this.#watchFor(Math.min(settings.idleTimeout, settings.maxLifetime));
@@ -1694,7 +1692,7 @@ class Transport {
   }
 
   get timeout(): number {
-    return this.#timeout ?? this.#settings.timeout;
+    return this.#timeout ?? this.settings.timeout;
   }
   set timeout(ms: number) {
     if (this.#isClosed) return;
@@ -1734,7 +1732,7 @@ class Transport {
     if (refusal !== undefined) return rejection(refusal);
     this.#input.searched = 0;
     try {
-      const answer = take(this.#input, argument, this.#settings.limit);
+      const answer = take(this.#input, argument, this.settings.limit);
       if (answer !== MORE) return Promise.resolve(answer);
     } catch (error) {
       return rejection(this.#noteRaised(error));
@@ -1812,7 +1810,7 @@ class Transport {
     const pending = this.#pending;
     if (pending === undefined) return;
     try {
-      if (!pending.tryToAnswer(this.#input, this.#settings.limit)) return this.#fill();
+      if (!pending.tryToAnswer(this.#input, this.settings.limit)) return this.#fill();
       this.#pending = undefined;
     } catch (error) {
       this.#rejectPending(error);
@@ -1830,15 +1828,8 @@ class Transport {
     return error;
   }
 
-  write(data: Uint8Array | string): Promise<void> {
-    return this.#refusalOf("write()", data) ?? this.output.write(data, this.#settings.highWaterMark);
-  }
-
-  send(data: Uint8Array | string): Promise<void> {
-    return this.#refusalOf("send()", data) ?? this.output.send(data);
-  }
-
-  #refusalOf(call: string, data: unknown): Promise<never> | undefined {
+  /** What a call that writes `data` rejects with at once; if nothing, its time begins. */
+  writeRefusal(call: string, data: unknown): Promise<never> | undefined {
     const refusal = this.#isClosed ? this.#closedError() : checkData(call, data) ?? this.output.refusal(call);
     if (refusal !== undefined) return rejection(refusal);
     this.#answered = this.bytesRead - this.#input.length;
@@ -1846,16 +1837,11 @@ class Transport {
     return undefined;
   }
 
-  flush(): Promise<void> {
+  /** The same for a call that sends what was written. */
+  flushRefusal(): Promise<never> | undefined {
     if (this.#isClosed) return rejection(this.#closedError());
     this.#watchFor(this.timeout);
-    return this.output.flush();
-  }
-
-  closeWrite(): Promise<void> {
-    if (this.#isClosed) return rejection(this.#closedError());
-    this.#watchFor(this.timeout);
-    return this.output.closeWrite();
+    return undefined;
   }
 
   /** Goes on over the connection that `filter` makes of this one. */
@@ -1973,7 +1959,7 @@ class Transport {
   /** Ends what has taken too long by `now`; returns the shortest time that is left to be kept, or `Infinity`. */
   look(now: number): number {
     const watch = this.#watch ??= new Watch();
-    const { idleTimeout, maxLifetime } = this.#settings;
+    const { idleTimeout, maxLifetime } = this.settings;
     if (now - watch.openedAt >= maxLifetime) this.#expire(`was open for the maxLifetime of ${maxLifetime} ms`);
     const quiet = watch.traffic.lasts(now, this.bytesRead + this.output.sent);
     if (!this.#isClosed && quiet >= idleTimeout) this.#expire(`moved no byte for the idleTimeout of ${idleTimeout} ms`);
@@ -2000,8 +1986,8 @@ class Transport {
 
   #shortestTime(): number {
     const output = this.output.isIdle ? Infinity : this.timeout;
-    if (this.#isClosed) return this.output.isIdle ? Infinity : Math.min(output, this.#settings.maxLifetime);
-    return Math.min(this.#settings.idleTimeout, this.#settings.maxLifetime, output, this.#pending?.timeout ?? Infinity);
+    if (this.#isClosed) return this.output.isIdle ? Infinity : Math.min(output, this.settings.maxLifetime);
+    return Math.min(this.settings.idleTimeout, this.settings.maxLifetime, output, this.#pending?.timeout ?? Infinity);
   }
 }
 
@@ -2234,12 +2220,13 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * nothing holds back a writer that is faster than its peer.
    */
   write(data: Uint8Array | string): Promise<void> {
-    return this.#transport.write(data);
+    const { output, settings } = this.#transport;
+    return this.#transport.writeRefusal("write()", data) ?? output.write(data, settings.highWaterMark);
   }
 
   /** Sends what `write()` has buffered; resolves once the kernel has all of it. */
   flush(): Promise<void> {
-    return this.#transport.flush();
+    return this.#transport.flushRefusal() ?? this.#transport.output.flush();
   }
 
   /**
@@ -2247,7 +2234,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * then.
    */
   send(data: Uint8Array | string): Promise<void> {
-    return this.#transport.send(data);
+    return this.#transport.writeRefusal("send()", data) ?? this.#transport.output.send(data);
   }
 
   /**
@@ -2272,7 +2259,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * has everything; a second call resolves too.
    */
   closeWrite(): Promise<void> {
-    return this.#transport.closeWrite();
+    return this.#transport.flushRefusal() ?? this.#transport.output.closeWrite();
   }
 
   /**
