@@ -1046,48 +1046,32 @@ class Input {
   /** The place of the next bytes; valid until `commit()`, and never empty. */
   room(): Uint8Array<ArrayBuffer> {
     this.#linesAt = -1; // Bytes may move.
-    if (this.#end === this.#start) this.#makeRoomWhenEmpty();
-    else if (this.#end === this.#bytes.length) this.#makeRoomBehind();
+    if (this.length === 0 || this.#end === this.#bytes.length) this.#makeRoom();
     return this.#end === 0 ? this.#bytes : this.#bytes.subarray(this.#end);
   }
 
-  #makeRoomWhenEmpty(): void {
-    this.#start = this.#end = this.#ours;
+  /** Moves what is unread to the front of our part, or of a new buffer if this one is used up or of the wrong size. */
+  #makeRoom(): void {
+    const { length } = this;
     const left = this.#bytes.length - this.#ours;
-    const isUsedUp = left < this.#size && left < Math.max(this.#lastCount, MIN_ROOM_BYTES);
+    const isShared = left < this.#size;
+    // Behind the chunks of callers there may be too little room for what comes.
+    const isUsedUp = isShared && left - length < Math.max(this.#lastCount, MIN_ROOM_BYTES);
     if (isUsedUp) this.#wanted = Math.max(this.#wanted, BUSY_BUFFER_BYTES);
-    if (isUsedUp || this.#size > this.#wanted || (left === this.#size && left < this.#wanted)) {
-      this.#replace(this.#wanted);
+    const isMisfit = length === 0 && (this.#size > this.#wanted || (!isShared && left < this.#wanted));
+    // A handler may have transferred the buffer of a chunk to a worker; then nothing is left in it.
+    const unread = length === 0 ? NO_BYTES : this.#bytes.subarray(this.#start, this.#end);
+    if (isUsedUp || isMisfit || length > left - length) {
+      // Memory stays within twice of what the peer really sent, whatever length it announced.
+      this.#size = Math.max(length * 2, this.#wanted);
+      this.#bytes = new Uint8Array(this.#size);
     } else if (this.#ours > 0) {
       // The same array for us and for the read: a second one costs an idle connection 104 bytes.
       this.#bytes = this.#bytes.subarray(this.#ours);
-      this.#start = this.#end = this.#ours = 0;
     }
-  }
-
-  #makeRoomBehind(): void {
-    const { length } = this;
-    const left = this.#bytes.length - this.#ours;
-    // Behind the chunks of callers there may be too little room for what comes.
-    const isEnough = left === this.#size || left - length >= this.#lastCount;
-    if (length <= left - length && isEnough) {
-      this.#bytes.copyWithin(this.#ours, this.#start, this.#end);
-      this.#start = this.#ours;
-      this.#end = this.#ours + length;
-    } else {
-      // Memory stays within twice of what the peer really sent, whatever length it announced.
-      this.#replace(Math.max(length * 2, this.#wanted));
-    }
-  }
-
-  #replace(size: number): void {
-    const bytes = new Uint8Array(size);
-    // A handler may have transferred the buffer of a chunk to a worker; then there is none to copy from.
-    if (this.length > 0) bytes.set(this.#bytes.subarray(this.#start, this.#end));
-    this.#end -= this.#start;
+    if (length > 0) this.#bytes.set(unread);
     this.#start = this.#ours = 0;
-    this.#bytes = bytes;
-    this.#size = size;
+    this.#end = length;
   }
 
   /** Takes in `count` bytes that were put into the room. */
