@@ -533,17 +533,10 @@ function checkHostname(hostname: unknown): string {
  * socket (`::ffff:127.0.0.1`) is written as IPv4. Control characters are escaped as in {@linkcode printable}.
  */
 export function formatAddress(address: Deno.Addr): string {
-  switch (address.transport) {
-    case "tcp":
-    case "udp":
-      return printable(`${bracketed(address.hostname)}:${address.port}`);
-    case "unix":
-    case "unixpacket":
-      // An unbound client has no path, despite the type.
-      return address.path ? printable(address.path.replace(/^\0/, "@")) : "(unnamed Unix socket)";
-    default:
-      return Deno.inspect(address);
-  }
+  if ("hostname" in address) return printable(`${bracketed(address.hostname)}:${address.port}`);
+  if (address.transport !== "unix" && address.transport !== "unixpacket") return Deno.inspect(address);
+  // An unbound client has no path, despite the type.
+  return address.path ? printable(address.path.replace(/^\0/, "@")) : "(unnamed Unix socket)";
 }
 
 function bracketed(hostname: string): string {
