@@ -483,7 +483,7 @@ function resolveFrameOptions(options: FrameOptions): FrameFormat {
 
 function checkNumber(name: string, value: unknown): void {
   const { min, isWhole } = NUMBER_RULES[name] ?? FROM_0;
-  if (typeof value !== "number") throw new TypeError(`Option "${name}" must be a number: it is ${Deno.inspect(value)}`);
+  if (typeof value !== "number") throw wrongType(`Option "${name}" must be a number`, value);
   if (value >= min && (!isWhole || Number.isInteger(value) || value === Infinity)) return;
   const range = min === Number.MIN_VALUE ? "above 0" : `${isWhole ? "whole, " : ""}${min} or more`;
   throw new RangeError(`Option "${name}" must be ${range}, or Infinity for no limit: it is ${value}`);
@@ -491,7 +491,11 @@ function checkNumber(name: string, value: unknown): void {
 
 function checkFilters(filters: unknown): void {
   if (Array.isArray(filters) && filters.every((filter) => typeof filter === "function")) return;
-  throw new TypeError(`Option "filters" must be an array of functions: it is ${Deno.inspect(filters)}`);
+  throw wrongType('Option "filters" must be an array of functions', filters);
+}
+
+function wrongType(rule: string, value: unknown): TypeError {
+  return new TypeError(`${rule}: it is ${Deno.inspect(value)}`);
 }
 
 function checkPort(port: unknown): void {
@@ -502,22 +506,18 @@ function checkPort(port: unknown): void {
 /** Python's servers take a pair. */
 function checkAddress(address: unknown): void {
   if (typeof address === "object" && address !== null && !Array.isArray(address)) return;
-  throw new TypeError(
-    `Address must be an object such as { hostname: "127.0.0.1", port: 8009 }: it is ${Deno.inspect(address)}`,
-  );
+  throw wrongType('Address must be an object such as { hostname: "127.0.0.1", port: 8009 }', address);
 }
 
 /** Python's handlers may be functions. */
 function checkHandler(Handler: unknown): void {
   if (typeof Handler === "function" && typeof Handler.prototype?.handle === "function") return;
-  throw new TypeError(`Handler must be a class with a method handle(): it is ${Deno.inspect(Handler)}`);
+  throw wrongType("Handler must be a class with a method handle()", Handler);
 }
 
 /** `hostname` as the system takes it: IPv6 without brackets, letters outside ASCII as IDNA writes them. */
 function checkHostname(hostname: unknown): string {
-  if (typeof hostname !== "string") {
-    throw new TypeError(`Option "hostname" must be a string: it is ${Deno.inspect(hostname)}`);
-  }
+  if (typeof hostname !== "string") throw wrongType('Option "hostname" must be a string', hostname);
   if (hostname === "") {
     throw new TypeError(`Hostname must not be empty: "127.0.0.1" is this machine, "0.0.0.0" all its IPv4 interfaces`);
   }
@@ -4182,9 +4182,7 @@ class SocketFile {
   constructor(address: UnixServerAddress) {
     const defaults: { path: string; mode: number | undefined } = { path: "", mode: undefined };
     const { path, mode } = resolveOptions(defaults, address);
-    if (typeof path !== "string" || path === "") {
-      throw new TypeError(`Path must be the name of the socket file: it is ${Deno.inspect(path)}`);
-    }
+    if (typeof path !== "string" || path === "") throw wrongType("Path must be the name of the socket file", path);
     if (mode !== undefined && mode > MAX_MODE) {
       const octal = mode === Infinity ? "Infinity" : `0o${mode.toString(8)}`;
       throw new RangeError(`Option "mode" must be from 0 to 0o777, such as 0o660: it is ${octal}`);
