@@ -1716,7 +1716,11 @@ class Transport {
     }
     if (this.#failure !== undefined) return rejection(this.#noteRaised(this.#failure));
     const waiting = new WaitingRead(call, take, argument, this.timeout, startsMessage, into);
-    this.#wait(waiting);
+    this.#pending = waiting;
+    this.output.flushGathered(); // A question must leave before its answer is waited for.
+    this.#watchFor(this.timeout);
+    if (this.#endsHere()) this.#end();
+    else if (!this.#isFilling) this.#fill();
     return waiting.promise;
   }
 
@@ -1724,14 +1728,6 @@ class Transport {
     if (this.#isClosed) return this.#closedError();
     if (this.#pending === undefined) return undefined;
     return new Deno.errors.Busy(`Cannot ${call}: ${this.#pending.call} waits on the same stream`);
-  }
-
-  #wait(pending: PendingCall): void {
-    this.#pending = pending;
-    this.output.flushGathered(); // A question must leave before its answer is waited for.
-    this.#watchFor(this.timeout);
-    if (this.#draining !== "no" && this.#endsHere(pending.startsMessage)) this.#end();
-    else if (!this.#isFilling) this.#fill();
   }
 
   #fill(): void {
@@ -1871,12 +1867,13 @@ class Transport {
   drain(isLate: boolean): void {
     if (!isLate && this.bytesRead === 0) return;
     this.#draining = isLate ? "late" : "soon";
-    if (this.#pending !== undefined && this.#endsHere(this.#pending.startsMessage)) this.#end();
+    if (this.#endsHere()) this.#end();
   }
 
-  /** Whether a read that has to wait ends here, as the server drains and no message has begun. */
-  #endsHere(startsMessage: boolean): boolean {
-    return startsMessage && this.#input.length === 0 && (this.#draining === "late" || !this.owesAnswer);
+  /** Whether the read that waits ends here, as the server drains and no message has begun. */
+  #endsHere(): boolean {
+    if (this.#draining === "no" || !this.#pending?.startsMessage || this.#input.length > 0) return false;
+    return this.#draining === "late" || !this.owesAnswer;
   }
 
   /**
