@@ -1942,16 +1942,11 @@ class Transport {
       const peer = formatAddress(this.conn.remoteAddr);
       this.#expire(`was closed because ${peer} took no byte for the timeout of ${this.timeout} ms`);
     }
-    this.#expirePending(now);
-    return watch.shortest = this.#shortestTime();
-  }
-
-  #expirePending(now: number): void {
     const pending = this.#pending;
-    if (pending === undefined) return;
-    pending.seenAt ??= now;
-    if (now - pending.seenAt < pending.timeout) return;
-    this.#rejectPending(new Deno.errors.TimedOut(`${pending.call} waited for the timeout of ${pending.timeout} ms`));
+    if (pending !== undefined && now - (pending.seenAt ??= now) >= pending.timeout) {
+      this.#rejectPending(new Deno.errors.TimedOut(`${pending.call} waited for the timeout of ${pending.timeout} ms`));
+    }
+    return watch.shortest = this.#shortestTime();
   }
 
   #expire(what: string): void {
