@@ -850,17 +850,17 @@ function startTimer(callback: () => void, ms: number): ReturnType<typeof setTime
   return ms === Infinity ? undefined : setTimeout(callback, Math.min(ms, MAX_TIMER_MS));
 }
 
-/** Resolves after `ms`, or as soon as `signal` aborts. */
-function delay(ms: number, signal?: AbortSignal): Promise<void> {
-  if (signal?.aborted) return DONE;
+/** Resolves after `ms`, or as soon as one of `signals` aborts. */
+function delay(ms: number, ...signals: (AbortSignal | undefined)[]): Promise<void> {
+  if (signals.some((signal) => signal?.aborted)) return DONE;
   return new Promise((resolve) => {
     function done() {
       clearTimeout(timer);
-      signal?.removeEventListener("abort", done);
+      for (const signal of signals) signal?.removeEventListener("abort", done);
       resolve();
     }
     const timer = startTimer(done, ms);
-    signal?.addEventListener("abort", done);
+    for (const signal of signals) signal?.addEventListener("abort", done);
   });
 }
 
@@ -887,15 +887,9 @@ function settlementOf(promise: Promise<unknown>): AbortSignal {
 
 /** Settles as `promise` does, but rejects as soon as `signal` aborts, with its reason. */
 async function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
-  const aborted = Promise.withResolvers<never>();
-  const onAbort = () => aborted.reject(signal.reason);
-  signal.addEventListener("abort", onAbort);
-  if (signal.aborted) onAbort();
-  try {
-    return await Promise.race([promise, aborted.promise]);
-  } finally {
-    signal.removeEventListener("abort", onAbort);
-  }
+  await delay(Infinity, settlementOf(promise), signal);
+  signal.throwIfAborted();
+  return await promise;
 }
 
 // --- Fair turns -------------------------------------------------------------
