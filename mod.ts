@@ -704,11 +704,6 @@ function prepareForExhaustion(): void {
   }
 }
 
-/** A TLS peer that closes without close_notify. Many real peers do, and Python and Node read it as the end, too. */
-function isUncleanEnd(error: unknown): boolean {
-  return error instanceof Deno.errors.UnexpectedEof;
-}
-
 /** The connection of `Deno.startTls` has addresses without a `transport`. */
 function withAddresses(conn: Deno.TlsConn, { localAddr, remoteAddr }: StreamConn): StreamConn {
   return {
@@ -1762,7 +1757,8 @@ class Transport {
   readonly #onReadFailure = (error: unknown): void => {
     this.#isFilling = false;
     this.#direct = undefined;
-    if (isUncleanEnd(error) && !this.#isClosed) return this.#end();
+    // A TLS peer that closes without close_notify. Many real peers do, and Python and Node read it as the end, too.
+    if (error instanceof Deno.errors.UnexpectedEof && !this.#isClosed) return this.#end();
     this.#failure ??= error;
     this.#rejectPending();
   };
