@@ -2465,7 +2465,6 @@ const PIPE_BYTES = 65_536;
 class Pipe {
   #held = NO_BYTES;
   #isEnded = false;
-  #isBroken = false;
   #changing = Promise.withResolvers<void>();
 
   /** Resolves at the next change. */
@@ -2485,7 +2484,7 @@ class Pipe {
 
   /** Takes a part of `data` in; `undefined` if it has to wait. */
   put(data: Uint8Array): number | undefined {
-    if (this.#isEnded || this.#isBroken) {
+    if (this.#isEnded) {
       throw Object.assign(new Deno.errors.BrokenPipe("Broken pipe"), { code: "EPIPE" });
     }
     if (this.#held.length >= PIPE_BYTES) return undefined;
@@ -2500,12 +2499,6 @@ class Pipe {
 
   end(): void {
     this.#isEnded = true;
-    this.#wake();
-  }
-
-  break(): void {
-    this.#isBroken = true;
-    this.#held = NO_BYTES;
     this.#wake();
   }
 
@@ -2551,7 +2544,7 @@ class PairConn implements StreamConn {
   close(): void {
     this.#checkOpen();
     this.#isClosed = true;
-    this.incoming.break();
+    this.incoming.end();
     this.outgoing.end();
   }
 
