@@ -2404,20 +2404,14 @@ interface Filtered {
 
 /** Runs `filters` in order; gives `false` if one refuses, and a promise only if one of them does. */
 function runFilters(
-  filters: readonly ConnectionFilter[],
+  [filter, ...others]: readonly ConnectionFilter[],
   filtered: Filtered,
   context: FilterContext,
 ): boolean | Promise<boolean> {
-  for (const [index, filter] of filters.entries()) {
-    const next = filter(filtered.conn, context);
-    if (isThenable(next)) {
-      return Promise.resolve(next).then((conn) => {
-        return passOn(filtered, conn, context) && runFilters(filters.slice(index + 1), filtered, context);
-      });
-    }
-    if (!passOn(filtered, next, context)) return false;
-  }
-  return true;
+  if (filter === undefined) return true;
+  const goOn = (conn: StreamConn | null) => passOn(filtered, conn, context) && runFilters(others, filtered, context);
+  const next = filter(filtered.conn, context);
+  return isThenable(next) ? Promise.resolve(next).then(goOn) : goOn(next);
 }
 
 /** Goes on with `conn`; gives `false` if there is none, or if it comes too late. */
