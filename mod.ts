@@ -4113,9 +4113,7 @@ export class TcpServer extends StreamServer<Deno.NetAddr> {
   }
 
   /** Opens the port. Override it to listen in another way, such as with `Deno.listenTls`. */
-  protected openListener(
-    address: { hostname: string; port: number; tcpBacklog: number; reusePort: boolean; loadBalanced: boolean },
-  ): Listener<Deno.Conn> & { readonly addr: Deno.NetAddr } {
+  protected openListener(address: Deno.TcpListenOptions): Listener<Deno.Conn> & { readonly addr: Deno.NetAddr } {
     return Deno.listen(address);
   }
 }
