@@ -2949,7 +2949,7 @@ function closeListener(listener: Listener<unknown>): Promise<void> {
  * A mailbox around a listener. An accept that is under way cannot be cancelled, so what has arrived stays here until it
  * is taken: a caller that stops waiting loses nothing. No client's error ends it, and an exhaustion is waited out.
  */
-class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
+class Acceptor<Arrival> {
   /** Aborts when the server stops: waits are short from then on. */
   readonly #stopping = new AbortController();
   /** Nothing more will arrive. */
@@ -2957,7 +2957,6 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
   #closing: Promise<void> | undefined;
   #arriving: Promise<void> | undefined;
   #arrived: Arrival | undefined;
-  #failure: unknown;
   #overloadWait = 0;
   #count = 0;
 
@@ -2971,25 +2970,24 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
     readonly onOverload: (error: unknown) => void,
   ) {}
 
-  /** Resolves when there is something to take, or nothing will be any more; the same promise until it is taken. */
+  /**
+   * Resolves when there is something to take, or nothing will be any more; the same promise until it is taken. Rejects
+   * with an error of accepting that cannot be waited out.
+   */
   arrival(): Promise<void> {
     return this.#arriving ??= this.#accept();
   }
 
-  /** The arrival; `undefined` if the listener is closed. Throws the error that accepting has failed with. */
-  take(): Arrival | undefined {
-    if (this.#failure !== undefined) throw this.#failure;
+  /** What has arrived and was not taken yet. */
+  readonly take = (): Arrival | undefined => {
     const arrived = this.#arrived;
     this.#arrived = this.#arriving = undefined;
     return arrived;
-  }
+  };
 
-  [Symbol.asyncIterator](): AsyncIterator<Arrival, void> {
-    const takeNext = (): IteratorResult<Arrival, void> => {
-      const value = this.take();
-      return value === undefined ? { done: true, value: undefined } : { done: false, value };
-    };
-    return { next: () => this.arrival().then(takeNext) };
+  /** Takes the next arrival; `undefined` if the listener is closed. Rejects as `arrival()` does. */
+  next(): Promise<Arrival | undefined> {
+    return this.arrival().then(this.take);
   }
 
   /** Resolves when the kernel has nothing more to give: it cannot be asked, only watched. */
@@ -3013,14 +3011,7 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
     this.#stopping.abort();
     this.#closing ??= closeListener(this.listener);
     await this.#closing;
-    await this.#arriving;
-  }
-
-  /** The arrival that nobody has taken before the end. */
-  takeLeft(): Arrival | undefined {
-    const left = this.#arrived;
-    this.#arrived = undefined;
-    return left;
+    await this.#arriving?.catch(ignore);
   }
 
   #accept(): Promise<void> {
@@ -3049,24 +3040,16 @@ class Acceptor<Arrival> implements AsyncIterable<Arrival, void> {
     this.#count++;
   };
 
-  /** Rides an error out, if that is possible. */
+  /** Rides an error out, if that is possible; throws one that is fatal. */
   async #isOverAfter(error: unknown): Promise<boolean> {
-    switch (acceptFailure(error)) {
-      case "closed":
-        this.#isOver = true;
-        break;
-      case "peer":
-        this.onLost();
-        break;
-      case "overload":
-        this.onOverload(error);
-        await this.#waitOut();
-        break;
-      case "fatal":
-        this.#failure = error;
-        this.#isOver = true;
-        break;
+    const failure = acceptFailure(error);
+    if (failure === "peer") this.onLost();
+    if (failure === "overload") {
+      this.onOverload(error);
+      await this.#waitOut();
     }
+    if (failure === "closed" || failure === "fatal") this.#isOver = true;
+    if (failure === "fatal") throw error;
     return this.#isOver;
   }
 
@@ -3444,7 +3427,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     if (this.#isClosing) return;
     const isLate = await this.#serveBy("handleRequest()", async (acceptor) => {
       if (!await settlesWithin(acceptor.arrival(), timeout)) return true;
-      const arrival = acceptor.take();
+      const arrival = await acceptor.next();
       if (arrival !== undefined) await this.#serveToEnd(arrival);
     });
     if (isLate) this.handleTimeout();
@@ -3678,7 +3661,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   async #serveArrivals(acceptor: Acceptor<Arrival>): Promise<void> {
-    for await (const arrival of acceptor) {
+    for (let arrival; (arrival = await acceptor.next()) !== undefined;) {
       this.#serve(arrival);
       if (this.#mustWait) await this.#until(() => !this.#mustWait);
     }
@@ -3835,7 +3818,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     this.#dropsArrivals = this.#keepsListener;
     if (this.#dropsArrivals) await this.#idle();
     await this.#acceptor?.close();
-    const arrival = this.#acceptor?.takeLeft();
+    const arrival = this.#acceptor?.take();
     if (arrival !== undefined) this.#serve(arrival);
   }
 
