@@ -3289,9 +3289,6 @@ export interface ShutdownReport {
   readonly duration: number;
 }
 
-/** `"closed"`: all sessions are ended or cut off. */
-type Phase = "open" | "draining" | "closed";
-
 /** The counter of each error's outcome. */
 const COUNTER_OF = {
   error: "errors",
@@ -3335,7 +3332,8 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   #finished = 0;
   /** The shutdown is over; handlers that do not return may still run. */
   #isEnded = false;
-  #phase: Phase = "open";
+  /** `"closed"`: all sessions are ended or cut off. */
+  #phase: "open" | "draining" | "closed" = "open";
   #address: Address | undefined;
   #acceptor: Acceptor<Arrival> | undefined;
   /** The call that serves; one at a time. */
@@ -3401,19 +3399,18 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     const { signal } = resolveOptions<{ signal: AbortSignal | undefined }>({ signal: undefined }, options);
     if (this.#isClosing) return await this.#until(() => this.#isEnded);
     const stop = () => void this.shutdown();
-    let stopServices = ignore;
-    try {
-      await this.#serveBy("serveForever()", async (acceptor) => {
-        stopServices = this.#startServices();
-        signal?.addEventListener("abort", stop);
+    await this.#serveBy("serveForever()", async (acceptor) => {
+      const stopServices = this.#startServices();
+      signal?.addEventListener("abort", stop);
+      try {
         if (signal?.aborted) stop();
         await this.#serveArrivals(acceptor);
         if (!this.#isClosing) stop(); // Someone else has closed the listener.
-      });
-    } finally {
-      stopServices();
-      signal?.removeEventListener("abort", stop);
-    }
+      } finally {
+        stopServices();
+        signal?.removeEventListener("abort", stop);
+      }
+    });
     await this.#until(() => this.#isEnded);
   }
 
@@ -3612,7 +3609,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   get #isClosing(): boolean {
-    return this.#phase === "draining" || this.#phase === "closed";
+    return this.#phase !== "open";
   }
 
   /**
