@@ -3289,6 +3289,9 @@ export interface ShutdownReport {
   readonly duration: number;
 }
 
+/** The call that serves. */
+type ServingCall = "serveForever()" | "handleRequest()";
+
 /** The counter of each error's outcome. */
 const COUNTER_OF = {
   error: "errors",
@@ -3336,8 +3339,8 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   #phase: "open" | "draining" | "closed" = "open";
   #address: Address | undefined;
   #acceptor: Acceptor<Arrival> | undefined;
-  /** The call that serves; one at a time. */
-  #serving: "serveForever()" | "handleRequest()" | undefined;
+  /** One at a time. */
+  #serving: ServingCall | undefined;
   #shuttingDown: Promise<ShutdownReport> | undefined;
   #change: PromiseWithResolvers<void> | undefined;
   #overloadedAt = -Infinity;
@@ -3616,10 +3619,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    * Listens and runs `work`, one at a time. An error of accepting closes the server; after one of listening it may be
    * tried again.
    */
-  async #serveBy<T>(
-    call: "serveForever()" | "handleRequest()",
-    work: (acceptor: Acceptor<Arrival>) => Promise<T>,
-  ): Promise<T | undefined> {
+  async #serveBy<T>(call: ServingCall, work: (acceptor: Acceptor<Arrival>) => Promise<T>): Promise<T | undefined> {
     if (this.#serving !== undefined) throw new Deno.errors.Busy(`Cannot ${call}: the server is serving already`);
     this.#serving = call;
     try {
