@@ -3734,24 +3734,19 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   #finish(session: Session<Request>): void | Promise<void> {
-    const closing = this.#startClosing(session);
-    if (closing === undefined) return this.#leave(session);
-    return closing.catch((error) => this.#noteUnclosed(error, session)).then(() => this.#leave(session));
-  }
-
-  #startClosing(session: Session<Request>): Promise<void> | undefined {
+    let closing: Promise<void> | undefined;
     try {
-      if (session.request !== undefined) return asPromise(this.closeRequest(session.request));
-      session.cut();
+      if (session.request === undefined) session.cut();
+      else closing = asPromise(this.closeRequest(session.request));
     } catch (error) {
-      this.#noteUnclosed(error, session);
+      closing = Promise.reject(error);
     }
-  }
-
-  /** Only an overridden `closeRequest()` fails; the connection is closed all the same. */
-  #noteUnclosed(error: unknown, session: Session<Request>): void {
-    this.#noteHookError("closeRequest", error);
-    session.cut();
+    if (closing === undefined) return this.#leave(session);
+    return closing.catch((error) => {
+      // Only an overridden `closeRequest()` fails; the connection is closed all the same.
+      this.#noteHookError("closeRequest", error);
+      session.cut();
+    }).then(() => this.#leave(session));
   }
 
   /** The one place where a session leaves `#sessions`. */
