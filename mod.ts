@@ -725,12 +725,15 @@ export interface DatagramSocket {
   /** The bound address. */
   readonly addr: Deno.Addr;
   /** Receives into `into`; resolves to the part that was filled, and the sender. */
-  receive(into: Uint8Array<ArrayBuffer>): Promise<[Uint8Array<ArrayBuffer>, Deno.Addr]>;
+  receive(into: Uint8Array<ArrayBuffer>): Promise<Received>;
   /** Sends one datagram. */
   send(data: Uint8Array, to: Deno.Addr): Promise<number>;
   /** Closes the socket; pending calls reject. */
   close(): void;
 }
+
+/** The bytes of a datagram, and its sender. */
+export type Received = [Uint8Array<ArrayBuffer>, Deno.Addr];
 
 type DatagramAddress =
   | { transport: "udp"; hostname: string; port: number }
@@ -4323,8 +4326,6 @@ const DATAGRAM_SLAB_BYTES = 4 * DATAGRAM_BUFFER_BYTES;
 /** Milliseconds that a reply may wait for a Unix client whose queue is full. */
 const REPLY_TIMEOUT_MS = 1_000;
 
-type Received = [Uint8Array<ArrayBuffer>, Deno.Addr];
-
 /** The session of a datagram that a server has received. */
 let sessionOf: (datagram: Datagram) => DatagramSession | undefined;
 let joinSession: (datagram: Datagram, session: DatagramSession) => void;
@@ -4433,7 +4434,7 @@ class DatagramSession extends Session<Datagram> {
  * side. It needs `--unstable-net`.
  */
 export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr>
-  extends BaseServer<Datagram, Address, [Uint8Array<ArrayBuffer>, Deno.Addr]> {
+  extends BaseServer<Datagram, Address, Received> {
   readonly #Handler: DatagramRequestHandlerClass;
   /** Datagrams lie behind each other in it; those before `#slabStart` are their handlers'. */
   #slab: Uint8Array<ArrayBuffer> = NO_BYTES;
@@ -4490,14 +4491,11 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr>
   }
 
   /** @internal */
-  protected override newSession(
-    [data, clientAddress]: [Uint8Array<ArrayBuffer>, Deno.Addr],
-    isBusy: boolean,
-  ): Session<Datagram> | "lost" | "dropped" {
+  protected override newSession([data, sender]: Received, isBusy: boolean): DatagramSession | "lost" | "dropped" {
     if (data.length === DATAGRAM_BUFFER_BYTES) return "lost"; // It may have been cut.
     if (isBusy) return "dropped";
     this.#slabStart += data.length;
-    return new DatagramSession(new Datagram(data, clientAddress, this.#send));
+    return new DatagramSession(new Datagram(data, sender, this.#send));
   }
 
   /** A datagram has nothing to close. */
@@ -4593,10 +4591,7 @@ export class UnixDatagramServer extends DatagramServer<Deno.UnixAddr> {
   }
 
   /** Accepts from `listener` and removes the socket file in the end. */
-  protected override adopt(
-    listener: Listener<[Uint8Array<ArrayBuffer>, Deno.Addr]>,
-    address: Deno.UnixAddr,
-  ): Deno.UnixAddr {
+  protected override adopt(listener: Listener<Received>, address: Deno.UnixAddr): Deno.UnixAddr {
     return super.adopt(new FileListener(this.#file, listener), address);
   }
 }
