@@ -2592,8 +2592,8 @@ type DialSettings = Resolved<Omit<DialOptions, "signal">>;
 
 const DIAL_DEFAULTS: DialSettings = { ...STREAM_DEFAULTS, retries: 0, tls: false, filters: [], noDelay: true };
 
-/** An address that a stream can be dialled to. */
-type DialAddress = Deno.NetAddr | Deno.UnixAddr;
+/** An address that can be dialled, or sent to. */
+type PeerAddress = Deno.NetAddr | Deno.UnixAddr;
 
 /**
  * Opens a connection to `{ hostname, port }` or `{ path }`. Resolves to the open stream, which is the caller's to
@@ -2634,7 +2634,7 @@ export async function connect(options: ConnectOptions): Promise<SocketStream> {
   }
 }
 
-function resolveDial(options: ConnectOptions): { address: DialAddress; settings: DialSettings } {
+function resolveDial(options: ConnectOptions): { address: PeerAddress; settings: DialSettings } {
   if ("path" in options) {
     const { path, signal: _, ...others } = options;
     return { address: { transport: "unix", path }, settings: resolveOptions(DIAL_DEFAULTS, others) };
@@ -2652,7 +2652,7 @@ function streamSettings({ timeout, idleTimeout, maxLifetime, limit, highWaterMar
 
 /** One try, which ends at `timeout` whatever the system does meanwhile. */
 async function dial(
-  address: DialAddress,
+  address: PeerAddress,
   settings: DialSettings,
   signal: AbortSignal | undefined,
 ): Promise<SocketStream> {
@@ -2675,7 +2675,7 @@ async function dial(
 }
 
 /** Dials, runs the filters and the TLS handshake, and makes the stream. */
-async function open(address: DialAddress, settings: DialSettings, signal: AbortSignal): Promise<SocketStream> {
+async function open(address: PeerAddress, settings: DialSettings, signal: AbortSignal): Promise<SocketStream> {
   const filtered: Filtered = { conn: await dialConn(address, settings.noDelay, signal) };
   const releases = new Releases();
   const end = () => {
@@ -2701,7 +2701,7 @@ async function open(address: DialAddress, settings: DialSettings, signal: AbortS
   }
 }
 
-async function dialConn(address: DialAddress, noDelay: boolean, signal: AbortSignal): Promise<Deno.Conn> {
+async function dialConn(address: PeerAddress, noDelay: boolean, signal: AbortSignal): Promise<Deno.Conn> {
   if ("path" in address) return await Deno.connect({ transport: "unix", path: address.path });
   const { hostname, port } = address;
   const conn = await Deno.connect({ hostname, port, signal });
@@ -2756,7 +2756,7 @@ function isWorthRetrying(error: unknown): boolean {
   return !isFinal;
 }
 
-function dialError(error: unknown, address: DialAddress, tries: number): Error {
+function dialError(error: unknown, address: PeerAddress, tries: number): Error {
   const times = tries === 1 ? "" : ` after ${tries} tries`;
   return restate(error, `Cannot connect to ${formatAddress(address)}${times}: ${explain(error, address)}`);
 }
@@ -4674,7 +4674,7 @@ export type DatagramClientOptions =
 /** A client's open socket, and the server's address as the system knows it. */
 interface OpenClient {
   readonly socket: DatagramSocket;
-  readonly server: Deno.NetAddr | Deno.UnixAddr;
+  readonly server: PeerAddress;
   /** The client's own file, to know it again. */
   readonly file: Deno.FileInfo | undefined;
 }
@@ -4693,7 +4693,7 @@ interface OpenClient {
  * ```
  */
 export class DatagramClient implements Disposable {
-  readonly #server: Deno.NetAddr | Deno.UnixAddr;
+  readonly #server: PeerAddress;
   readonly #localPath: string;
   readonly #timeout: number;
   readonly #buffer = new Uint8Array(DATAGRAM_BUFFER_BYTES);
@@ -4706,11 +4706,10 @@ export class DatagramClient implements Disposable {
 
   /** Makes a client; nothing is opened yet. Throws `RangeError` or `TypeError` for a wrong option. */
   constructor(options: DatagramClientOptions) {
-    const { timeout = Infinity, ...address } = options;
-    checkNumber("timeout", timeout);
+    const { server, localPath, timeout } = resolveClient(options);
+    this.#server = server;
+    this.#localPath = localPath;
     this.#timeout = timeout;
-    this.#server = resolveClientAddress(address);
-    this.#localPath = "localPath" in address ? address.localPath : "";
   }
 
   /**
@@ -4802,21 +4801,19 @@ export class DatagramClient implements Disposable {
   }
 }
 
-function resolveClientAddress(
-  options: { hostname?: string | undefined; port: number } | { path: string; localPath: string },
-): Deno.NetAddr | Deno.UnixAddr {
+function resolveClient(options: DatagramClientOptions): { server: PeerAddress; localPath: string; timeout: number } {
   if ("path" in options) {
-    const { path, localPath } = resolveOptions({ path: "", localPath: "" }, options);
-    if (path !== "" && localPath !== "") return { transport: "unixpacket", path };
+    const { path, ...others } = resolveOptions({ path: "", localPath: "", timeout: Infinity }, options);
+    if (path !== "" && others.localPath !== "") return { server: { transport: "unixpacket", path }, ...others };
     throw new TypeError("Paths must not be empty: name the server's and the client's");
   }
-  const { hostname, port } = resolveOptions({ hostname: "127.0.0.1", port: 0 }, options);
+  const { hostname, port, timeout } = resolveOptions({ hostname: "127.0.0.1", port: 0, timeout: Infinity }, options);
   checkPort(port);
-  return { transport: "udp", hostname: checkHostname(hostname), port };
+  return { server: { transport: "udp", hostname: checkHostname(hostname), port }, localPath: "", timeout };
 }
 
 /** The server's address with its name resolved, so that answers can be compared with it, and the family is known. */
-async function resolveServer(server: Deno.NetAddr | Deno.UnixAddr): Promise<Deno.NetAddr | Deno.UnixAddr> {
+async function resolveServer(server: PeerAddress): Promise<PeerAddress> {
   if ("path" in server || hostBytes(server.hostname) !== undefined) return server;
   if (server.hostname === "localhost") return { ...server, hostname: "127.0.0.1" }; // As the runtime does.
   try {
@@ -4828,10 +4825,7 @@ async function resolveServer(server: Deno.NetAddr | Deno.UnixAddr): Promise<Deno
 }
 
 /** A client's own address: on the loopback interface for a server on it, else on all. */
-function localAddressFor(
-  server: Deno.NetAddr | Deno.UnixAddr,
-  path: string,
-): (Deno.NetAddr | Deno.UnixAddr) & DatagramAddress {
+function localAddressFor(server: PeerAddress, path: string): PeerAddress & DatagramAddress {
   if ("path" in server) return { transport: "unixpacket", path };
   const bytes = hostBytes(server.hostname) ?? NO_BYTES;
   const isIpv6 = server.hostname.includes(":");
@@ -4841,7 +4835,7 @@ function localAddressFor(
 }
 
 /** Anyone can send to a datagram socket. A Unix server answers from a socket without a path. */
-function isSameSender(from: Deno.Addr, server: Deno.NetAddr | Deno.UnixAddr): boolean {
+function isSameSender(from: Deno.Addr, server: PeerAddress): boolean {
   if ("path" in server) return !("path" in from && from.path) || from.path === server.path;
   if (!("hostname" in from) || from.port !== server.port) return false;
   const [expected, actual] = [hostBytes(server.hostname) ?? NO_BYTES, hostBytes(from.hostname) ?? NO_BYTES];
