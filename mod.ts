@@ -4182,7 +4182,7 @@ class SocketFile {
     // The runtime removes any file at the socket's path, so another's gets a second name for that moment.
     const present = this.#made && fileAt(this.path);
     const isOthers = present !== undefined && !isSameFile(present, this.#made);
-    const aside = `${this.path}.${isOthers ? crypto.randomUUID() : ""}`;
+    const aside = `${this.path}.${crypto.randomUUID()}`;
     const isKept = isOthers && this.#tidyUp(() => linkQuietly(this.path, aside));
     await close();
     if (isKept) this.#tidyUp(() => restoreLink(aside, this.path));
@@ -4232,20 +4232,18 @@ function isSameFile(file: Deno.FileInfo | undefined, other: Deno.FileInfo | unde
 
 /** A listener with a socket file, which goes once the pending accept has let go of the socket. */
 class FileListener<Arrival> implements Listener<Arrival> {
-  #accepting: Promise<unknown> = DONE;
+  #accepting: Promise<Arrival> | undefined;
 
   constructor(readonly file: SocketFile, readonly listener: Listener<Arrival>) {}
 
   accept(): Promise<Arrival> {
-    const accepting = this.listener.accept();
-    this.#accepting = accepting;
-    return accepting;
+    return this.#accepting = this.listener.accept();
   }
 
   close(): Promise<void> {
     return this.file.unbind(async () => {
       closeQuietly(this.listener);
-      await this.#accepting.catch(ignore);
+      await this.#accepting?.catch(ignore);
     });
   }
 }
@@ -4292,10 +4290,9 @@ export class UnixServer extends StreamServer<Deno.UnixAddr> {
    * Makes the socket file and lets clients connect; see {@linkcode BaseServer.listen}. Asynchronous, because it first
    * dials a server that may be there.
    */
-  override listen(): Promise<Deno.UnixAddr> {
+  override async listen(): Promise<Deno.UnixAddr> {
     const address = { transport: "unix", path: this.#file.path } as const;
-    return this.#file.bindOnce(address, async () => {
-      if (this.boundAddress !== undefined) return this.boundAddress;
+    return this.boundAddress ?? await this.#file.bindOnce(address, async () => {
       const listener = await this.#file.open(() => Deno.listen(address));
       return this.adopt(new FileListener(this.#file, listener), address);
     });
@@ -4303,16 +4300,12 @@ export class UnixServer extends StreamServer<Deno.UnixAddr> {
 }
 
 function unixListenError(error: unknown, address: Deno.UnixAddr): Error {
-  if (errorCode(error) === "EADDRINUSE" && fileAt(address.path)?.isSocket === false) {
-    return restate(
-      error,
-      `Cannot listen on ${formatAddress(address)}: a file that is no socket is there; choose another path`,
-    );
-  }
-  if (errorCode(error) === "ENOENT") {
-    return restate(error, `Cannot listen on ${formatAddress(address)}: its folder does not exist; make it first`);
-  }
-  return openingError("listen on", address, error);
+  const isTaken = errorCode(error) === "EADDRINUSE" && fileAt(address.path)?.isSocket === false;
+  if (!isTaken && errorCode(error) !== "ENOENT") return openingError("listen on", address, error);
+  const reason = isTaken
+    ? "a file that is no socket is there; choose another path"
+    : "its folder does not exist; make it first";
+  return restate(error, `Cannot listen on ${formatAddress(address)}: ${reason}`);
 }
 
 // --- Datagrams --------------------------------------------------------------
@@ -4581,10 +4574,9 @@ export class UnixDatagramServer extends DatagramServer<Deno.UnixAddr> {
   }
 
   /** Makes the socket file; see {@linkcode UnixServer.listen}. */
-  override listen(): Promise<Deno.UnixAddr> {
+  override async listen(): Promise<Deno.UnixAddr> {
     const address = { transport: "unixpacket", path: this.#file.path } as const;
-    return this.#file.bindOnce(address, async () => {
-      if (this.boundAddress !== undefined) return this.boundAddress;
+    return this.boundAddress ?? await this.#file.bindOnce(address, async () => {
       const socket = await this.#file.open(() => openDatagramSocket(address));
       return this.adoptSocket(new UnixDatagramSocket(socket, address), address);
     });
