@@ -890,6 +890,16 @@ async function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal): Promi
   return await promise;
 }
 
+/** The same, and `controller` aborts after `ms`, with a message that begins with `what`. */
+async function inTime<T>(promise: Promise<T>, ms: number, what: string, controller: AbortController): Promise<T> {
+  const timer = startTimer(() => controller.abort(new Deno.errors.TimedOut(`${what} ${ms} ms`)), ms);
+  try {
+    return await unlessAborted(promise, controller.signal);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
 // --- Fair turns -------------------------------------------------------------
 
 /** Operations that the runtime completes in one turn of its event loop (tokio's budget). */
@@ -2656,20 +2666,16 @@ async function dial(
   settings: DialSettings,
   signal: AbortSignal | undefined,
 ): Promise<SocketStream> {
-  const { timeout } = settings;
-  const ended = new AbortController();
-  const late = () => ended.abort(new Deno.errors.TimedOut(`no answer within ${timeout} ms`));
-  const timer = startTimer(late, timeout);
-  const onAbort = () => ended.abort(signal?.reason);
+  const controller = new AbortController();
+  const onAbort = () => controller.abort(signal?.reason);
   signal?.addEventListener("abort", onAbort);
-  const opening = open(address, settings, ended.signal);
+  const opening = open(address, settings, controller.signal);
   try {
-    return await unlessAborted(opening, ended.signal);
+    return await inTime(opening, settings.timeout, "no answer within", controller);
   } catch (error) {
     opening.then(closeQuietly, ignore); // It may still succeed: a Unix socket's dial takes no signal.
     throw error;
   } finally {
-    clearTimeout(timer);
     signal?.removeEventListener("abort", onAbort);
   }
 }
@@ -3166,23 +3172,14 @@ class StreamSession extends Session<SocketStream> implements Filtered {
   }
 
   override open(): SocketStream | null | Promise<SocketStream | null> {
-    const { filters } = this.#settings;
+    const { filters, handshakeTimeout } = this.#settings;
     if (filters.length === 0) return this.#makeRequest(true);
     const controller = this.#handshake = new AbortController();
     const context = { signal: controller.signal, onEnd: (release: () => void) => this.releases.add(release) };
     const passed = runFilters(filters, this, context);
-    return typeof passed === "boolean" ? this.#makeRequest(passed) : this.#awaitFilters(passed, controller);
-  }
-
-  async #awaitFilters(passed: Promise<boolean>, controller: AbortController): Promise<SocketStream | null> {
-    const { handshakeTimeout } = this.#settings;
-    const late = () => controller.abort(new Deno.errors.TimedOut(`filters took longer than ${handshakeTimeout} ms`));
-    const timer = startTimer(late, handshakeTimeout);
-    try {
-      return this.#makeRequest(await unlessAborted(passed, controller.signal));
-    } finally {
-      clearTimeout(timer);
-    }
+    if (typeof passed === "boolean") return this.#makeRequest(passed);
+    return inTime(passed, handshakeTimeout, "filters took longer than", controller)
+      .then((hasPassed) => this.#makeRequest(hasPassed));
   }
 
   #makeRequest(hasPassed: boolean): SocketStream | null {
