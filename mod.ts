@@ -4382,10 +4382,8 @@ export class Datagram {
   #replyError(error: unknown, count: number): Error {
     const isForbidden = error instanceof Deno.errors.NotCapable;
     const reason = isForbidden ? explain(error, this.clientAddress) : systemWords(error);
-    const failure = restate(
-      error,
-      `Cannot reply with ${count} bytes to ${formatAddress(this.clientAddress)}: ${reason}`,
-    );
+    const client = formatAddress(this.clientAddress);
+    const failure = restate(error, `Cannot reply with ${count} bytes to ${client}: ${reason}`);
     // Not the client's fault: a missing permission, or a reply that is too long.
     const isOwnMistake = isForbidden || errorCode(error) === "EMSGSIZE";
     if (this.#session !== undefined && !isOwnMistake) this.#session.raised = failure;
