@@ -4393,22 +4393,20 @@ export class Datagram {
 
 /** A datagram's session. */
 class DatagramSession extends Session<Datagram> {
-  readonly #datagram: Datagram;
   /** The client's own trouble, which a reply has met. */
   raised: Error | undefined;
 
-  constructor(datagram: Datagram) {
+  constructor(readonly datagram: Datagram) {
     super(0); // The clock costs 1 % of a datagram's time, and nothing needs it.
-    this.#datagram = datagram;
     joinSession(datagram, this);
   }
 
   override get clientAddress(): Deno.Addr {
-    return this.#datagram.clientAddress;
+    return this.datagram.clientAddress;
   }
 
   override open(): Datagram {
-    return this.#datagram;
+    return this.datagram;
   }
 
   override outcomeOf(error: unknown): ErrorOutcome | undefined {
