@@ -3186,10 +3186,7 @@ class StreamSession extends Session<SocketStream> implements Filtered {
     this.#isFiltered = true;
     if (!hasPassed) this.outcome = "refused";
     if (!hasPassed || this.isCut) return null;
-    const request: unknown = this.#getRequest(this.conn);
-    if (!(request instanceof SocketStream)) {
-      throw new TypeError(`getRequest() must return a SocketStream: it has returned ${Deno.inspect(request)}`);
-    }
+    const request = this.#getRequest(this.conn);
     this.#transport = transportOf(request);
     this.#transport.session = this;
     return request;
@@ -3962,7 +3959,9 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
 
   readonly #tryToGetRequest = (conn: StreamConn): SocketStream => {
     try {
-      return this.getRequest(conn);
+      const request: unknown = this.getRequest(conn);
+      if (request instanceof SocketStream) return request;
+      throw new TypeError(`getRequest() must return a SocketStream: it has returned ${Deno.inspect(request)}`);
     } catch (error) {
       this.#made?.close();
       throw error;
