@@ -3148,19 +3148,17 @@ abstract class Session<Request extends Traffic> {
 
 /** A connection's session. */
 class StreamSession extends Session<SocketStream> implements Filtered {
-  /** The accepted connection, and later the one that the filters make of it. */
-  conn: StreamConn;
-  readonly #settings: ServerSettings;
-  readonly #getRequest: (conn: StreamConn) => SocketStream;
   #transport: Transport | undefined;
   #handshake: AbortController | undefined;
   #isFiltered = false;
 
-  constructor(conn: StreamConn, settings: ServerSettings, getRequest: (conn: StreamConn) => SocketStream) {
+  /** `conn`: the accepted connection, and later the one that the filters make of it. */
+  constructor(
+    public conn: StreamConn,
+    readonly settings: ServerSettings,
+    readonly getRequest: (conn: StreamConn) => SocketStream,
+  ) {
     super(performance.now());
-    this.conn = conn;
-    this.#settings = settings;
-    this.#getRequest = getRequest;
   }
 
   override get clientAddress(): Deno.Addr {
@@ -3172,7 +3170,7 @@ class StreamSession extends Session<SocketStream> implements Filtered {
   }
 
   override open(): SocketStream | null | Promise<SocketStream | null> {
-    const { filters, handshakeTimeout } = this.#settings;
+    const { filters, handshakeTimeout } = this.settings;
     if (filters.length === 0) return this.#makeRequest(true);
     const controller = this.#handshake = new AbortController();
     const context = { signal: controller.signal, onEnd: (release: () => void) => this.releases.add(release) };
@@ -3186,7 +3184,7 @@ class StreamSession extends Session<SocketStream> implements Filtered {
     this.#isFiltered = true;
     if (!hasPassed) this.outcome = "refused";
     if (!hasPassed || this.isCut) return null;
-    const request = this.#getRequest(this.conn);
+    const request = this.getRequest(this.conn);
     this.#transport = transportOf(request);
     this.#transport.session = this;
     return request;
