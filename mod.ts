@@ -4449,10 +4449,7 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr>
     else return super.handleError(error, clientAddress, outcome);
   }
 
-  /**
-   * To be called by `listen()`: takes `socket` over. `serveForever()` and `handleRequest()` receive from it, and the end
-   * of the server closes it. Returns `address`.
-   */
+  /** {@linkcode BaseServer.adopt} for a datagram socket; to be called by `listen()`. */
   protected adoptSocket(socket: DatagramSocket, address: Address): Address {
     const bound = this.adopt({
       accept: () => socket.receive(this.#room()),
