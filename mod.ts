@@ -3120,14 +3120,6 @@ abstract class Session<Request extends Traffic> {
     return undefined;
   }
 
-  get bytesRead(): number {
-    return this.request?.bytesRead ?? 0;
-  }
-
-  get bytesWritten(): number {
-    return this.request?.bytesWritten ?? 0;
-  }
-
   get isCut(): boolean {
     return this.outcome === "cut";
   }
@@ -3381,7 +3373,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   /** The server's counters. */
   get stats(): ServerStats {
     const stats = { ...this.#counts, active: this.#sessions.length };
-    for (const session of this.#sessions) addTraffic(stats, session);
+    for (const { request } of this.#sessions) addTraffic(stats, request);
     return stats;
   }
 
@@ -3758,7 +3750,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     }
     if (session.outcome === "refused") this.#counts.refused++;
     if (this.#isClosing && !session.isCut) this.#finished++;
-    addTraffic(this.#counts, session);
+    addTraffic(this.#counts, session.request);
     if (!session.isCut) this.#release(session);
     this.#wake();
   }
@@ -3868,9 +3860,9 @@ function closedServer(): TypeError {
   return new TypeError("Cannot listen: the server is closed, make a new one");
 }
 
-function addTraffic(sum: { bytesRead: number; bytesWritten: number }, session: Traffic): void {
-  sum.bytesRead += session.bytesRead;
-  sum.bytesWritten += session.bytesWritten;
+function addTraffic(sum: { bytesRead: number; bytesWritten: number }, request: Traffic | undefined): void {
+  sum.bytesRead += request?.bytesRead ?? 0;
+  sum.bytesWritten += request?.bytesWritten ?? 0;
 }
 
 /**
@@ -3898,12 +3890,12 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
   /** The open connections, the oldest one first. */
   get openConnections(): OpenConnection[] {
     const now = performance.now();
-    const connections = this.openSessions.map((session) => ({
-      clientAddress: session.clientAddress,
-      age: now - session.since,
-      bytesRead: session.bytesRead,
-      bytesWritten: session.bytesWritten,
-      waitsFor: session.request === undefined ? "handshake" : transportOf(session.request).waitsFor,
+    const connections = this.openSessions.map(({ request, clientAddress, since }) => ({
+      clientAddress,
+      age: now - since,
+      bytesRead: request?.bytesRead ?? 0,
+      bytesWritten: request?.bytesWritten ?? 0,
+      waitsFor: request === undefined ? "handshake" : transportOf(request).waitsFor,
     }));
     return connections.sort((one, other) => other.age - one.age);
   }
@@ -3976,10 +3968,11 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
 
   /** @internal */
   protected override noteClose(session: Session<SocketStream>): void {
-    const { request, outcome, clientAddress, since, bytesRead, bytesWritten } = session;
+    const { request, outcome, clientAddress, since } = session;
     if (outcome === "refused") this.runHook("handleRefuse", () => this.handleRefuse(clientAddress));
     if (request === undefined || outcome === "refused" || outcome === "handshakeFailed") return; // It has no request.
     if (this.handleClose === StreamServer.prototype.handleClose) return;
+    const { bytesRead, bytesWritten } = request;
     const report = { outcome, duration: performance.now() - since, bytesRead, bytesWritten };
     this.runHook("handleClose", () => this.handleClose(report, clientAddress, request));
   }
