@@ -3080,8 +3080,8 @@ class Acceptor<Arrival> {
 export type Outcome = "finished" | "aborted" | "timedOut" | "error" | "rejected" | "cut";
 
 /**
- * How a request ends by an error: `"aborted"` the client vanished, `"timedOut"` a deadline passed, `"handshakeFailed"` a
- * filter threw, `"error"` anything else.
+ * How a request ends by an error: `"aborted"` its own client vanished, `"timedOut"` a deadline of its own connection
+ * passed, `"handshakeFailed"` a filter threw, `"error"` anything else.
  */
 export type ErrorOutcome = "aborted" | "timedOut" | "handshakeFailed" | "error";
 
@@ -3497,9 +3497,6 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    * Runs after a handler, a hook or a filter threw; then the connection is closed. The default prints the program's own
    * errors with their stack, and failed handshakes in one line, one a second at most. It prints nothing of clients that
    * vanished or ran into a deadline.
-   *
-   * @param outcome `"aborted"` and `"timedOut"` if the error is that of the client's own connection,
-   * `"handshakeFailed"` if it is a filter's, else `"error"`.
    */
   handleError(error: unknown, clientAddress: Deno.Addr, outcome: ErrorOutcome): void | Promise<void> {
     const client = formatAddress(clientAddress);
