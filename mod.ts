@@ -4048,14 +4048,14 @@ const TCP_DEFAULTS: Resolved<TcpServerAddress> = {
  * ```
  */
 export class TcpServer extends StreamServer<Deno.NetAddr> {
-  readonly #wanted: Resolved<TcpServerAddress>;
+  readonly #wanted: Resolved<TcpServerAddress> & { readonly transport: "tcp" };
 
   /** Makes a server; nothing is opened yet. Throws `RangeError` or `TypeError` for a wrong option. */
   constructor(address: TcpServerAddress, Handler: StreamRequestHandlerClass, options: ServerOptions = {}) {
     checkAddress(address);
     super(Handler, options);
     const wanted = resolveOptions(TCP_DEFAULTS, address);
-    this.#wanted = { ...wanted, hostname: checkHostname(wanted.hostname) };
+    this.#wanted = { ...wanted, transport: "tcp", hostname: checkHostname(wanted.hostname) };
     checkPort(address.port);
     if (wanted.tcpBacklog <= MAX_TCP_BACKLOG) return;
     throw new RangeError(`Option "tcpBacklog" must be ${MAX_TCP_BACKLOG} or less: it is ${wanted.tcpBacklog}`);
@@ -4064,13 +4064,12 @@ export class TcpServer extends StreamServer<Deno.NetAddr> {
   /** Binds the port and lets clients connect; see {@linkcode BaseServer.listen}. */
   override listen(): Deno.NetAddr {
     if (this.boundAddress !== undefined) return this.boundAddress;
-    const wanted = { transport: "tcp", ...this.#wanted } as const;
     try {
-      if (wanted.reusePort) checkReusePort();
-      const listener = this.openListener(wanted);
+      if (this.#wanted.reusePort) checkReusePort();
+      const listener = this.openListener(this.#wanted);
       return this.adopt(listener, listener.addr);
     } catch (error) {
-      throw openingError("listen on", wanted, error);
+      throw openingError("listen on", this.#wanted, error);
     }
   }
 
@@ -4509,26 +4508,25 @@ export interface UdpServerAddress {
  * ```
  */
 export class UdpServer extends DatagramServer<Deno.NetAddr> {
-  readonly #wanted: Resolved<UdpServerAddress>;
+  readonly #wanted: Deno.NetAddr & { readonly transport: "udp" };
 
   /** Makes a server; nothing is opened yet. Throws `RangeError` or `TypeError` for a wrong option. */
   constructor(address: UdpServerAddress, Handler: DatagramRequestHandlerClass, options: DatagramServerOptions = {}) {
     checkAddress(address);
     super(Handler, options);
     const { hostname, port } = resolveOptions({ hostname: "127.0.0.1", port: 0 }, address);
-    this.#wanted = { hostname: checkHostname(hostname), port };
+    this.#wanted = { transport: "udp", hostname: checkHostname(hostname), port };
     checkPort(address.port);
   }
 
   /** Binds the port; see {@linkcode BaseServer.listen}. */
   override listen(): Deno.NetAddr {
     if (this.boundAddress !== undefined) return this.boundAddress;
-    const wanted = { transport: "udp", ...this.#wanted } as const;
     try {
-      const socket = openDatagramSocket(wanted);
-      return this.adoptSocket(socket, socket.addr.transport === "udp" ? socket.addr : wanted);
+      const socket = openDatagramSocket(this.#wanted);
+      return this.adoptSocket(socket, socket.addr.transport === "udp" ? socket.addr : this.#wanted);
     } catch (error) {
-      throw openingError("listen on", wanted, error);
+      throw openingError("listen on", this.#wanted, error);
     }
   }
 }
