@@ -4440,15 +4440,14 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr>
 
   /** {@linkcode BaseServer.adopt} for a datagram socket; to be called by `listen()`. */
   protected adoptSocket(socket: DatagramSocket, address: Address): Address {
-    const bound = this.adopt({
+    this.#socket = socket;
+    return this.adopt({
       accept: () => socket.receive(this.#room()),
       close: () => {
         this.#socket = undefined;
         socket.close();
       },
     }, address);
-    this.#socket = socket;
-    return bound;
   }
 
   #room(): Uint8Array<ArrayBuffer> {
