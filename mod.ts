@@ -3553,7 +3553,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    * Runs when a request is taken in.
    * @internal
    */
-  protected noteOpen(_session: Session<Request>): void {}
+  protected noteOpen(_request: Request, _clientAddress: Deno.Addr): void {}
 
   /**
    * Runs when a session is over, or cut off.
@@ -3676,7 +3676,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   #process(session: Session<Request>, request: Request | null): void | Promise<void> {
     if (request === null || session.isCut) return;
     session.request = request;
-    this.noteOpen(session);
+    this.noteOpen(request, session.clientAddress);
     if (session.isCut) return; // A hook has closed the server.
     const verified = this.verifyRequest(request, session.clientAddress);
     if (verified !== true) return this.#processIfVerified(verified, request, session);
@@ -3958,8 +3958,8 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
   };
 
   /** @internal */
-  protected override noteOpen({ request, clientAddress }: Session<SocketStream>): void {
-    if (request === undefined || this.handleOpen === StreamServer.prototype.handleOpen) return;
+  protected override noteOpen(request: SocketStream, clientAddress: Deno.Addr): void {
+    if (this.handleOpen === StreamServer.prototype.handleOpen) return;
     this.runHook("handleOpen", () => this.handleOpen(request, clientAddress));
   }
 
