@@ -464,15 +464,11 @@ function resolveOptions<T extends object>(defaults: T, options: { [K in keyof T]
   return { ...defaults, ...Object.fromEntries(given) };
 }
 
-/** Resolved options, by themselves: a server gives the same ones to each of its streams. */
+/** The resolved options of servers and dials, by themselves: they hold those of their streams, which need no check. */
 const resolvedStreamOptions = new WeakMap<StreamOptions, StreamSettings>();
 
 function resolveStreamOptions(options: StreamOptions): StreamSettings {
-  const known = resolvedStreamOptions.get(options);
-  if (known !== undefined) return known;
-  const resolved = resolveOptions(STREAM_DEFAULTS, options);
-  resolvedStreamOptions.set(resolved, resolved);
-  return resolved;
+  return resolvedStreamOptions.get(options) ?? resolveOptions(STREAM_DEFAULTS, options);
 }
 
 function resolveFrameOptions(options: FrameOptions): FrameFormat {
@@ -2631,6 +2627,7 @@ type PeerAddress = Deno.NetAddr | Deno.UnixAddr;
  */
 export async function connect(options: ConnectOptions): Promise<SocketStream> {
   const { address, settings } = resolveDial(options);
+  resolvedStreamOptions.set(settings, settings);
   const { signal } = options;
   for (let tries = 1;; tries++) {
     signal?.throwIfAborted();
@@ -2653,11 +2650,6 @@ function resolveDial(options: ConnectOptions): { address: PeerAddress; settings:
   checkPort(port);
   const address = { transport: "tcp", hostname: checkHostname(hostname), port } as const;
   return { address, settings: resolveOptions(DIAL_DEFAULTS, others) };
-}
-
-/** The options of a stream among others. */
-function streamSettings({ timeout, idleTimeout, maxLifetime, limit, highWaterMark }: StreamSettings): StreamSettings {
-  return resolveStreamOptions({ timeout, idleTimeout, maxLifetime, limit, highWaterMark });
 }
 
 /** One try, which ends at `timeout` whatever the system does meanwhile. */
@@ -2696,7 +2688,7 @@ async function open(address: PeerAddress, settings: DialSettings, signal: AbortS
       throw new Deno.errors.ConnectionAborted("a filter has refused the connection");
     }
     await startTls(filtered, settings.tls, hostname ?? "", signal);
-    const stream = new SocketStream(filtered.conn, streamSettings(settings));
+    const stream = new SocketStream(filtered.conn, settings);
     transportOf(stream).releases.add(() => releases.callAll());
     return stream;
   } catch (error) {
@@ -3870,7 +3862,6 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
   extends BaseServer<SocketStream, Address, StreamConn> {
   readonly #Handler: StreamRequestHandlerClass;
   readonly #settings: ServerSettings;
-  readonly #streamSettings: StreamSettings;
   /** The stream that `getRequest()` made last; an override may throw with it in its hands. */
   #made: SocketStream | undefined;
 
@@ -3881,7 +3872,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
     super(settings.grace, settings.maxConnections);
     this.#Handler = Handler;
     this.#settings = settings;
-    this.#streamSettings = streamSettings(settings);
+    resolvedStreamOptions.set(settings, settings);
   }
 
   /** The open connections, the oldest one first. */
@@ -3902,7 +3893,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
    * and call `super.getRequest()` with that: it keeps the server's options.
    */
   getRequest(conn: StreamConn): SocketStream {
-    return this.#made = new SocketStream(conn, this.#streamSettings);
+    return this.#made = new SocketStream(conn, this.#settings);
   }
 
   /** Runs for each connection that has passed the filters, before `verifyRequest()`. Nothing waits for its promise. */
