@@ -3613,12 +3613,11 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   /** Resolves when `arrival` is served, or the server has ended. */
   async #serveToEnd(arrival: Arrival): Promise<void> {
     let isServed = false;
-    const serving = this.#serve(arrival);
-    serving?.then(() => {
+    Promise.resolve(this.#serve(arrival)).then(() => {
       isServed = true;
       this.#wake();
     });
-    if (serving !== undefined) await this.#until(() => isServed || this.#isEnded);
+    await this.#until(() => isServed || this.#isEnded);
   }
 
   #startServices(): () => void {
