@@ -2703,19 +2703,13 @@ async function dialConn(address: PeerAddress, noDelay: boolean, signal: AbortSig
   if ("path" in address) return await Deno.connect({ transport: "unix", path: address.path });
   const { hostname, port } = address;
   const conn = await Deno.connect({ hostname, port, signal });
-  if (isSelf(conn)) {
+  // A dial to a dead port of the ephemeral range may meet itself (TCP's simultaneous open), and would echo its bytes.
+  if (formatAddress(conn.localAddr) === formatAddress(conn.remoteAddr)) {
     conn.close();
     throw Object.assign(new Deno.errors.ConnectionRefused("Connection refused"), { code: "ECONNREFUSED" });
   }
   if (noDelay) disableNagle(conn);
   return conn;
-}
-
-/**
- * A dial to a dead port of the ephemeral range may meet itself (TCP's simultaneous open), and would echo its own bytes.
- */
-function isSelf({ localAddr, remoteAddr }: Deno.TcpConn): boolean {
-  return localAddr.port === remoteAddr.port && localAddr.hostname === remoteAddr.hostname;
 }
 
 async function startTls(
