@@ -3265,14 +3265,6 @@ export interface ShutdownReport {
 /** The call that serves. */
 type ServingCall = "serveForever()" | "handleRequest()";
 
-/** The counter of each error's outcome. */
-const COUNTER_OF = {
-  error: "errors",
-  aborted: "aborted",
-  timedOut: "timedOut",
-  handshakeFailed: "handshakeFailures",
-} as const;
-
 /**
  * The base of all servers: lifecycle, hooks and end. Its constructor opens nothing.
  *
@@ -3290,15 +3282,16 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   /** In no order, as each session knows its index: a map costs a tenth of the datagrams' rate. */
   readonly #sessions: Session<Request>[] = [];
   readonly #cutOff: Deno.Addr[] = [];
+  /** Those of outcomes have their names. */
   readonly #counts = {
     accepted: 0,
     rejected: 0,
     aborted: 0,
     timedOut: 0,
-    errors: 0,
+    error: 0,
     lost: 0,
     refused: 0,
-    handshakeFailures: 0,
+    handshakeFailed: 0,
     dropped: 0,
     overloads: 0,
     bytesRead: 0,
@@ -3358,7 +3351,8 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
 
   /** The server's counters. */
   get stats(): ServerStats {
-    const stats = { ...this.#counts, active: this.#sessions.length };
+    const { error: errors, handshakeFailed: handshakeFailures, ...others } = this.#counts;
+    const stats = { ...others, errors, handshakeFailures, active: this.#sessions.length };
     for (const { request } of this.#sessions) addTraffic(stats, request);
     return stats;
   }
@@ -3568,7 +3562,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   #noteHookError(name: string, error: unknown): void {
-    this.#counts.errors++;
+    this.#counts.error++;
     printError(`Error in ${name}():`, error);
   }
 
@@ -3688,7 +3682,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
         if (session.request !== undefined) await told; // A failed filter must not keep its place while the hook runs.
       }
     } catch {
-      this.#counts.errors++; // A getter of the thrown value has thrown.
+      this.#counts.error++; // A getter of the thrown value has thrown.
       session.outcome = "error";
     }
     await this.#finish(session);
@@ -3697,7 +3691,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   async #report(error: unknown, session: Session<Request>): Promise<void> {
     const outcome = session.outcomeOf(error);
     if (outcome === undefined) return;
-    this.#counts[COUNTER_OF[outcome]]++;
+    this.#counts[outcome]++;
     if (!session.isCut) session.outcome = outcome;
     await this.runHook("handleError", () => this.handleError(error, session.clientAddress, outcome));
   }
