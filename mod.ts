@@ -3504,9 +3504,9 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
 
   /**
    * Closes a request when its handler is done; Python's `shutdown_request()`. Resolves when nothing of it is left to be
-   * sent.
+   * sent. The default does nothing: a datagram has nothing to close.
    */
-  protected abstract closeRequest(request: Request): void | Promise<void>;
+  protected closeRequest(_request: Request): void | Promise<void> {}
 
   /**
    * To be called by `listen()`: takes `listener` over. `serveForever()` and `handleRequest()` accept from it, and the end
@@ -4443,9 +4443,6 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr>
     this.#slabStart += data.length;
     return new DatagramSession(new Datagram(data, sender, this.#send));
   }
-
-  /** A datagram has nothing to close. */
-  protected override closeRequest(_request: Datagram): void {}
 }
 
 /** The address of a {@linkcode UdpServer}. */
