@@ -2944,7 +2944,7 @@ function closeListener(listener: Listener<unknown>): Promise<void> {
  * A mailbox around a listener. An accept that is under way cannot be cancelled, so what has arrived stays here until it
  * is taken: a caller that stops waiting loses nothing. No client's error ends it, and an exhaustion is waited out.
  */
-class Acceptor<Arrival> {
+class Acceptor<Arrival> implements AsyncIterableIterator<Arrival, undefined> {
   /** Aborts when the server stops: waits are short from then on. */
   readonly #stopping = new AbortController();
   /** Nothing more will arrive. */
@@ -2974,15 +2974,24 @@ class Acceptor<Arrival> {
   }
 
   /** What has arrived and was not taken yet. */
-  readonly take = (): Arrival | undefined => {
+  take(): Arrival | undefined {
     const arrived = this.#arrived;
     this.#arrived = this.#arriving = undefined;
     return arrived;
+  }
+
+  readonly #takeNext = (): IteratorResult<Arrival, undefined> => {
+    const value = this.take();
+    return value === undefined ? { done: true, value: undefined } : { done: false, value };
   };
 
-  /** Takes the next arrival; `undefined` if the listener is closed. Rejects as `arrival()` does. */
-  next(): Promise<Arrival | undefined> {
-    return this.arrival().then(this.take);
+  /** Takes the next arrival; done when the listener is closed. Rejects as `arrival()` does. */
+  next(): Promise<IteratorResult<Arrival, undefined>> {
+    return this.arrival().then(this.#takeNext);
+  }
+
+  [Symbol.asyncIterator](): this {
+    return this;
   }
 
   /** Resolves when the kernel has nothing more to give: it cannot be asked, only watched. */
@@ -3160,8 +3169,9 @@ class StreamSession extends Session<SocketStream> implements Filtered {
 
   #makeRequest(hasPassed: boolean): SocketStream | null {
     this.#isFiltered = true;
+    if (this.isCut) return null; // A filter may have closed the server.
     if (!hasPassed) this.outcome = "refused";
-    if (!hasPassed || this.isCut) return null;
+    if (!hasPassed) return null;
     const request = this.getRequest(this.conn);
     this.#transport = transportOf(request);
     this.#transport.session = this;
@@ -3394,7 +3404,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     if (this.#isClosing) return;
     const isLate = await this.#serveBy("handleRequest()", async (acceptor) => {
       if (!await settlesWithin(acceptor.arrival(), timeout)) return true;
-      const arrival = await acceptor.next();
+      const { value: arrival } = await acceptor.next();
       if (arrival !== undefined) await this.#serveToEnd(arrival);
     });
     if (isLate) this.handleTimeout();
@@ -3621,7 +3631,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   async #serveArrivals(acceptor: Acceptor<Arrival>): Promise<void> {
-    for (let arrival; (arrival = await acceptor.next()) !== undefined;) {
+    for await (const arrival of acceptor) {
       this.#serve(arrival);
       if (this.#mustWait) await this.#until(() => !this.#mustWait);
     }

@@ -181,6 +181,22 @@ for (const [what, refuse] of REFUSALS) {
   });
 }
 
+Deno.test("a filter that closes the server and then refuses has cut its connection off, once", async () => {
+  const released: string[] = [];
+  let witness: Witness | undefined;
+  const closing: ConnectionFilter = (_conn, { onEnd }) => {
+    onEnd(() => released.push("once"));
+    witness?.close();
+    return null;
+  };
+  await withFilters([closing], async ({ server, give }) => {
+    witness = server;
+    await give(new FakeTcpConn());
+    assertEquals([server.stats.refused, server.stats.active, server.refused], [0, 0, []]);
+  });
+  assertEquals(released, ["once"]);
+});
+
 Deno.test("a handleRefuse() that throws hurts nobody", async () => {
   const printed = await printedBy(() =>
     withFilters([() => null], async ({ server, give }) => {
