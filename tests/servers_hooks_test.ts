@@ -216,22 +216,28 @@ for (const [what, give] of NO_STREAMS) {
   });
 }
 
-networkTest("the stream of a getRequest() that throws after it made it is closed", async () => {
-  const made: SocketStream[] = [];
-  class Failing extends TcpServer {
-    override getRequest(conn: StreamConn): SocketStream {
-      made.push(super.getRequest(conn));
-      throw new TypeError("a bug in the hook");
-    }
-    override handleError() {}
-  }
-  await withServer(new Failing({ port: 0 }, Greeter), async (_server, dial) => {
-    assertEquals(await (await dial()).recv(), null);
-    const [stream] = made;
-    assert(stream !== undefined);
-    assertEquals((await rejectionOf(stream.recv())).message, "The stream is closed");
+const thrown: [string, () => unknown] = ["an error, by throwing it,", () => {
+  throw new TypeError("a bug in the hook");
+}];
+
+for (const [what, end] of [thrown, ...NO_STREAMS]) {
+  networkTest(`the stream of a getRequest() that gives ${what} after it made it is closed`, async () => {
+    const made: SocketStream[] = [];
+    const server = new TcpServer({ port: 0 }, Greeter);
+    const make = server.getRequest.bind(server);
+    const getRequest = (conn: StreamConn) => {
+      made.push(make(conn));
+      return end();
+    };
+    Object.assign(server, { getRequest, handleError: () => {} });
+    await withServer(server, async (_server, dial) => {
+      assertEquals(await (await dial()).recv(), null);
+      const [stream] = made;
+      assert(stream !== undefined);
+      assertEquals((await rejectionOf(stream.recv())).message, "The stream is closed");
+    });
   });
-});
+}
 
 for (const [how, fail] of FAULTS) {
   networkTest(`a closeRequest() that ${how} is counted and printed, and its connection is closed`, async () => {
