@@ -3309,15 +3309,16 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   };
   /** Sessions that ended by themselves since the shutdown began. */
   #finished = 0;
-  /** The shutdown is over; handlers that do not return may still run. */
-  #isEnded = false;
   /** `"closed"`: all sessions are ended or cut off. */
   #phase: "open" | "draining" | "closed" = "open";
   #address: Address | undefined;
   #acceptor: Acceptor<Arrival> | undefined;
   /** One at a time. */
   #serving: ServingCall | undefined;
+  /** Set while the phase is not `"open"`. */
   #shuttingDown: Promise<ShutdownReport> | undefined;
+  /** Aborts when the shutdown is over; handlers that do not return may still run. */
+  readonly #ended = new AbortController();
   #change: PromiseWithResolvers<void> | undefined;
   #overloadedAt = -Infinity;
   /** The backlog is served: what arrives now comes too late. */
@@ -3377,7 +3378,6 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    */
   async serveForever(options: { signal?: AbortSignal | undefined } = {}): Promise<void> {
     const { signal } = resolveOptions<{ signal: AbortSignal | undefined }>({ signal: undefined }, options);
-    if (this.#isClosing) return await this.#until(() => this.#isEnded);
     const stop = () => void this.shutdown();
     await this.#serveBy("serveForever()", async (acceptor) => {
       const stopServices = this.#startServices();
@@ -3391,7 +3391,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
         signal?.removeEventListener("abort", stop);
       }
     });
-    await this.#until(() => this.#isEnded);
+    await this.#shuttingDown;
   }
 
   /**
@@ -3401,11 +3401,12 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    */
   async handleRequest(options: { timeout?: number | undefined } = {}): Promise<void> {
     const { timeout } = resolveOptions({ timeout: Infinity }, options);
-    if (this.#isClosing) return;
     const isLate = await this.#serveBy("handleRequest()", async (acceptor) => {
       if (!await settlesWithin(acceptor.arrival(), timeout)) return true;
       const { value: arrival } = await acceptor.next();
-      if (arrival !== undefined) await this.#serveToEnd(arrival);
+      if (arrival === undefined) return;
+      const served = Promise.resolve(this.#serve(arrival));
+      await delay(Infinity, settlementOf(served), this.#ended.signal);
     });
     if (isLate) this.handleTimeout();
   }
@@ -3590,10 +3591,11 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   /**
-   * Listens and runs `work`, one at a time. An error of accepting closes the server; after one of listening it may be
+   * Listens and runs `work`, one at a time, unless the server is closed. An error of accepting closes the server; after one of listening it may be
    * tried again.
    */
   async #serveBy<T>(call: ServingCall, work: (acceptor: Acceptor<Arrival>) => Promise<T>): Promise<T | undefined> {
+    if (this.#isClosing) return undefined;
     if (this.#serving !== undefined) throw new Deno.errors.Busy(`Cannot ${call}: the server is serving already`);
     this.#serving = call;
     try {
@@ -3606,16 +3608,6 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     } finally {
       this.#serving = undefined;
     }
-  }
-
-  /** Resolves when `arrival` is served, or the server has ended. */
-  async #serveToEnd(arrival: Arrival): Promise<void> {
-    let isServed = false;
-    Promise.resolve(this.#serve(arrival)).then(() => {
-      isServed = true;
-      this.#wake();
-    });
-    await this.#until(() => isServed || this.#isEnded);
   }
 
   #startServices(): () => void {
@@ -3772,8 +3764,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     await this.#acceptor?.close();
     await stopped;
     await settlesWithin(this.#until(() => this.#sessions.length === 0), UNWIND_MS);
-    this.#isEnded = true;
-    this.#wake();
+    this.#ended.abort();
     return { finished: this.#finished, cut: [...this.#cutOff], duration: performance.now() - begun };
   }
 
