@@ -3452,11 +3452,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    */
   close(): void {
     if (this.#phase === "closed") return;
-    this.#phase = "closed";
-    this.#abortSignal();
-    this.#acceptor?.close();
-    this.#cutAll();
-    this.#wake();
+    this.#closeNow();
     this.#shuttingDown ??= this.#drain(0);
   }
 
@@ -3758,10 +3754,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     await settlesWithin(stopped, left());
     await settlesWithin(this.#idle(), left());
     clearInterval(looking);
-    this.#phase = "closed";
-    this.#cutAll();
-    this.#wake();
-    await this.#acceptor?.close();
+    this.#closeNow();
     await stopped;
     await settlesWithin(this.#until(() => this.#sessions.length === 0), UNWIND_MS);
     this.#ended.abort();
@@ -3800,8 +3793,13 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     }, DRAIN_LOOK_MS);
   }
 
-  #cutAll(): void {
+  /** From here on nothing is accepted, and whoever waits for an idle server goes on. */
+  #closeNow(): void {
+    this.#phase = "closed";
+    this.#abortSignal();
+    this.#acceptor?.close();
     for (const session of [...this.#sessions]) this.#cut(session);
+    this.#wake();
   }
 
   /** Ends the session for everyone else now; its handler may never return. */
