@@ -1824,16 +1824,15 @@ class Transport {
     waiting.promise.catch((error) => controller.abort(error));
     this.#pending = waiting;
     this.#watchFor(timeout);
-    const filtered = { conn: this.conn };
+    const passage = new Passage(this.conn, controller.signal, this.releases);
     this.output.isHeld = true;
     try {
       await unlessAborted(this.output.flush(), controller.signal);
-      const context = { signal: controller.signal, onEnd: (release: () => void) => this.releases.add(release) };
-      const passed = Promise.try(() => runFilters([filter], filtered, context));
-      this.#goOn(await unlessAborted(passed, controller.signal), filtered.conn);
+      const passed = Promise.try(() => runFilters([filter], passage));
+      this.#goOn(await unlessAborted(passed, controller.signal), passage.conn);
     } catch (error) {
       this.#pending = undefined;
-      if (filtered.conn !== this.conn) closeQuietly(filtered.conn);
+      if (passage.conn !== this.conn) closeQuietly(passage.conn);
       this.cut(error instanceof Error ? error : undefined);
       throw this.#noteRaised(error);
     }
@@ -2406,32 +2405,41 @@ export type ConnectionFilter = (
   context: FilterContext,
 ) => StreamConn | null | Promise<StreamConn | null>;
 
-/** A connection on its way through the filters. */
-interface Filtered {
-  conn: StreamConn;
+/** A connection on its way through filters, and their context. */
+class Passage implements FilterContext {
+  /** `conn`: the accepted or dialled connection, and later the one that the filters make of it. */
+  constructor(
+    public conn: StreamConn,
+    readonly signal: AbortSignal,
+    readonly releases: Releases,
+    readonly hostname?: string,
+  ) {}
+
+  readonly onEnd = (release: () => void): void => this.releases.add(release);
+
+  end(): void {
+    closeQuietly(this.conn);
+    this.releases.callAll();
+  }
 }
 
 /** Runs `filters` in order; gives `false` if one refuses, and a promise only if one of them does. */
-function runFilters(
-  [filter, ...others]: readonly ConnectionFilter[],
-  filtered: Filtered,
-  context: FilterContext,
-): boolean | Promise<boolean> {
+function runFilters([filter, ...others]: readonly ConnectionFilter[], passage: Passage): boolean | Promise<boolean> {
   if (filter === undefined) return true;
-  const goOn = (conn: StreamConn | null) => passOn(filtered, conn, context) && runFilters(others, filtered, context);
-  const next = filter(filtered.conn, context);
+  const goOn = (conn: StreamConn | null) => passOn(passage, conn) && runFilters(others, passage);
+  const next = filter(passage.conn, passage);
   return isThenable(next) ? Promise.resolve(next).then(goOn) : goOn(next);
 }
 
 /** Goes on with `conn`; gives `false` if there is none, or if it comes too late. */
-function passOn(filtered: Filtered, conn: StreamConn | null, { signal }: FilterContext): boolean {
+function passOn(passage: Passage, conn: StreamConn | null): boolean {
   if (conn === null) return false;
   if (typeof conn !== "object" || !("close" in conn && "remoteAddr" in conn)) {
     throw new TypeError(`A filter must give a connection or null: it has given ${Deno.inspect(conn)}`);
   }
-  if (signal.aborted) closeQuietly(conn);
-  else filtered.conn = conn;
-  return !signal.aborted;
+  if (passage.signal.aborted) closeQuietly(conn);
+  else passage.conn = conn;
+  return !passage.signal.aborted;
 }
 
 /**
@@ -2661,41 +2669,33 @@ async function dial(
   const controller = new AbortController();
   const onAbort = () => controller.abort(signal?.reason);
   signal?.addEventListener("abort", onAbort);
-  const opening = open(address, settings, controller.signal);
   try {
-    return await inTime(opening, settings.timeout, "no answer within", controller);
-  } catch (error) {
-    opening.then(closeQuietly, ignore); // It may still succeed: a Unix socket's dial takes no signal.
-    throw error;
+    const opening = open(address, settings, controller.signal);
+    const { conn, releases } = await inTime(opening, settings.timeout, "no answer within", controller);
+    controller.signal.throwIfAborted(); // It may have been aborted in the same moment.
+    const stream = new SocketStream(conn, settings);
+    transportOf(stream).releases.add(() => releases.callAll());
+    return stream;
   } finally {
     signal?.removeEventListener("abort", onAbort);
   }
 }
 
-/** Dials, runs the filters and the TLS handshake, and makes the stream. */
-async function open(address: PeerAddress, settings: DialSettings, signal: AbortSignal): Promise<SocketStream> {
-  const filtered: Filtered = { conn: await dialConn(address, settings.noDelay, signal) };
-  const releases = new Releases();
-  const end = () => {
-    closeQuietly(filtered.conn);
-    releases.callAll();
-  };
-  signal.addEventListener("abort", end); // Filters may wait for the peer.
+/** Dials, and runs the filters and the TLS handshake. The abort of `signal` closes the connection, also a late one. */
+async function open(address: PeerAddress, settings: DialSettings, signal: AbortSignal): Promise<Passage> {
+  const conn = await dialConn(address, settings.noDelay, signal);
+  const passage = new Passage(conn, signal, new Releases(), "hostname" in address ? address.hostname : undefined);
+  signal.addEventListener("abort", () => passage.end()); // Filters may wait for the peer.
   try {
-    const hostname = "hostname" in address ? address.hostname : undefined;
-    const context = { signal, hostname, onEnd: (release: () => void) => releases.add(release) };
-    if (!await runFilters(settings.filters, filtered, context)) {
+    signal.throwIfAborted(); // A Unix socket's dial takes no signal.
+    if (!await runFilters(settings.filters, passage)) {
       throw new Deno.errors.ConnectionAborted("a filter has refused the connection");
     }
-    await startTls(filtered, settings.tls, hostname ?? "", signal);
-    const stream = new SocketStream(filtered.conn, settings);
-    transportOf(stream).releases.add(() => releases.callAll());
-    return stream;
+    await startTls(passage, settings.tls);
+    return passage;
   } catch (error) {
-    end();
+    passage.end();
     throw error;
-  } finally {
-    signal.removeEventListener("abort", end);
   }
 }
 
@@ -2712,16 +2712,11 @@ async function dialConn(address: PeerAddress, noDelay: boolean, signal: AbortSig
   return conn;
 }
 
-async function startTls(
-  filtered: Filtered,
-  tls: boolean | ConnectTlsOptions,
-  hostname: string,
-  signal: AbortSignal,
-): Promise<void> {
+async function startTls(passage: Passage, tls: boolean | ConnectTlsOptions): Promise<void> {
   if (tls === false) return;
+  const { conn, hostname = "", signal } = passage;
   const defaults: Resolved<ConnectTlsOptions> = { caCerts: [], serverName: hostname, alpnProtocols: [] };
   const { caCerts, serverName, alpnProtocols } = resolveOptions(defaults, tls === true ? {} : tls);
-  const { conn } = filtered;
   if (!isTcpConn(conn)) {
     throw new TypeError(
       'Option "tls" needs a bare TCP connection; over a Unix socket or another filter use a TLS filter',
@@ -2729,7 +2724,7 @@ async function startTls(
   }
   try {
     const encrypted = await Deno.startTls(conn, { hostname: serverName, caCerts, alpnProtocols });
-    filtered.conn = withAddresses(encrypted, conn);
+    passage.conn = withAddresses(encrypted, conn);
     signal.throwIfAborted(); // The consumed connection may have been closed meanwhile.
     await encrypted.handshake();
   } catch (error) {
@@ -3094,8 +3089,9 @@ abstract class Session<Request extends Traffic> {
   index = 0;
   outcome: Outcome | "refused" | "handshakeFailed" = "finished";
   request: Request | undefined;
+  /** What its filters have left to do; a datagram has none. */
+  releases: Releases | undefined;
   #controller: AbortController | undefined;
-  #releases: Releases | undefined;
 
   /** Its arrival, in the time of `performance.now()`. */
   constructor(readonly since: number) {}
@@ -3119,10 +3115,6 @@ abstract class Session<Request extends Traffic> {
     return this.outcome === "cut";
   }
 
-  get releases(): Releases {
-    return this.#releases ??= new Releases();
-  }
-
   /** The handler's signal, made when it is asked for. */
   get signal(): AbortSignal {
     return (this.#controller ??= new AbortController()).signal;
@@ -3134,12 +3126,12 @@ abstract class Session<Request extends Traffic> {
 }
 
 /** A connection's session. */
-class StreamSession extends Session<SocketStream> implements Filtered {
+class StreamSession extends Session<SocketStream> {
   #transport: Transport | undefined;
   #handshake: AbortController | undefined;
-  #isFiltered = false;
+  /** Its way through the filters, until they are done. */
+  #passage: Passage | undefined;
 
-  /** `conn`: the accepted connection, and later the one that the filters make of it. */
   constructor(
     public conn: StreamConn,
     readonly settings: ServerSettings,
@@ -3149,7 +3141,7 @@ class StreamSession extends Session<SocketStream> implements Filtered {
   }
 
   override get clientAddress(): Deno.Addr {
-    return this.conn.remoteAddr;
+    return (this.#passage ?? this).conn.remoteAddr;
   }
 
   override get silentOutcome(): "aborted" | "timedOut" | undefined {
@@ -3160,15 +3152,17 @@ class StreamSession extends Session<SocketStream> implements Filtered {
     const { filters, handshakeTimeout } = this.settings;
     if (filters.length === 0) return this.#makeRequest(true);
     const controller = this.#handshake = new AbortController();
-    const context = { signal: controller.signal, onEnd: (release: () => void) => this.releases.add(release) };
-    const passed = runFilters(filters, this, context);
+    this.releases = new Releases();
+    this.#passage = new Passage(this.conn, controller.signal, this.releases);
+    const passed = runFilters(filters, this.#passage);
     if (typeof passed === "boolean") return this.#makeRequest(passed);
     return inTime(passed, handshakeTimeout, "filters took longer than", controller)
       .then((hasPassed) => this.#makeRequest(hasPassed));
   }
 
   #makeRequest(hasPassed: boolean): SocketStream | null {
-    this.#isFiltered = true;
+    this.conn = (this.#passage ?? this).conn;
+    this.#passage = undefined;
     if (this.isCut) return null; // A filter may have closed the server.
     if (!hasPassed) this.outcome = "refused";
     if (!hasPassed) return null;
@@ -3179,9 +3173,10 @@ class StreamSession extends Session<SocketStream> implements Filtered {
   }
 
   override outcomeOf(error: unknown): ErrorOutcome | undefined {
-    const isOwn = !this.#isFiltered || this.#transport?.hasRaised(error) === true;
+    const isFiltered = this.#passage === undefined;
+    const isOwn = !isFiltered || this.#transport?.hasRaised(error) === true;
     if (isOwn && this.isCut) return undefined;
-    if (!this.#isFiltered) return "handshakeFailed";
+    if (!isFiltered) return "handshakeFailed";
     // A stream that its own handler has closed is the handler's mistake.
     if (!isOwn || error instanceof LimitOverrunError || error instanceof Deno.errors.BadResource) return "error";
     return error instanceof Deno.errors.TimedOut ? "timedOut" : "aborted";
@@ -3193,7 +3188,7 @@ class StreamSession extends Session<SocketStream> implements Filtered {
 
   override cut(error?: Error): void {
     this.#handshake?.abort(error);
-    if (this.#transport === undefined) closeQuietly(this.conn);
+    if (this.#transport === undefined) closeQuietly((this.#passage ?? this).conn);
     else this.#transport.cut(error);
   }
 }
@@ -3728,7 +3723,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   #release(session: Session<Request>): void {
-    session.releases.callAll();
+    session.releases?.callAll();
     this.noteClose(session);
   }
 
