@@ -4071,9 +4071,9 @@ const unbinding = new Map<string, Promise<void>>();
 /** The file of a Unix socket. A name that begins with `"\0"` has none. */
 class SocketFile {
   readonly path: string;
-  readonly #mode: number | undefined;
   /** The file that was made, to know it again. */
-  #made: Deno.FileInfo | undefined;
+  made: Deno.FileInfo | undefined;
+  readonly #mode: number | undefined;
   #binding: Promise<Deno.UnixAddr> | undefined;
 
   constructor(address: UnixServerAddress) {
@@ -4103,7 +4103,7 @@ class SocketFile {
     if (this.path.startsWith("\0")) return socket;
     try {
       if (this.#mode !== undefined) Deno.chmodSync(this.path, this.#mode);
-      this.#made = Deno.lstatSync(this.path);
+      this.made = Deno.lstatSync(this.path);
     } catch (error) {
       closeQuietly(socket);
       throw error;
@@ -4120,35 +4120,6 @@ class SocketFile {
       // Any other error is an answer of some kind, or meets the bind too. Meanwhile another file may be there.
       const isStale = error instanceof Deno.errors.ConnectionRefused;
       if (isStale && isSameFile(fileAt(this.path), found)) Deno.removeSync(this.path);
-    }
-  }
-
-  /** Runs `close`, and leaves no file behind; another server's that is there by now stays. Never rejects. */
-  unbind(close: () => Promise<void>): Promise<void> {
-    const closed = this.#unbind(close).finally(() => unbinding.delete(this.path));
-    unbinding.set(this.path, closed);
-    return closed;
-  }
-
-  async #unbind(close: () => Promise<void>): Promise<void> {
-    // The runtime removes any file at the socket's path, so another's gets a second name for that moment.
-    const present = this.#made && fileAt(this.path);
-    const isOthers = present !== undefined && !isSameFile(present, this.#made);
-    const aside = `${this.path}.${crypto.randomUUID()}`;
-    const isKept = isOthers && this.#tidyUp(() => linkQuietly(this.path, aside));
-    await close();
-    if (isKept) this.#tidyUp(() => restoreLink(aside, this.path));
-    else if (isSameFile(fileAt(this.path), this.#made)) this.#tidyUp(() => Deno.removeSync(this.path));
-  }
-
-  /** Whether it could be done. */
-  #tidyUp(action: () => void): boolean {
-    try {
-      action();
-      return true;
-    } catch (error) {
-      print(`Cannot tidy up the socket file ${printable(this.path)}: ${messageOf(error)}`);
-      return false;
     }
   }
 }
@@ -4182,7 +4153,7 @@ function isSameFile(file: Deno.FileInfo | undefined, other: Deno.FileInfo | unde
     file.birthtime?.getTime() === other.birthtime?.getTime();
 }
 
-/** A listener with a socket file, which goes once the pending accept has let go of the socket. */
+/** A listener with a socket file, which goes with it; another server's that is there by then stays. */
 class FileListener<Arrival> implements Listener<Arrival> {
   #accepting: Promise<Arrival> | undefined;
 
@@ -4192,11 +4163,36 @@ class FileListener<Arrival> implements Listener<Arrival> {
     return this.#accepting = this.listener.accept();
   }
 
+  /** Never rejects. */
   close(): Promise<void> {
-    return this.file.unbind(async () => {
-      closeQuietly(this.listener);
-      await this.#accepting?.catch(ignore);
-    });
+    const { path } = this.file;
+    const closed = this.#close().finally(() => unbinding.delete(path));
+    unbinding.set(path, closed);
+    return closed;
+  }
+
+  async #close(): Promise<void> {
+    const { path, made } = this.file;
+    // The runtime removes any file at the socket's path, so another's gets a second name for that moment.
+    const present = made && fileAt(path);
+    const isOthers = present !== undefined && !isSameFile(present, made);
+    const aside = `${path}.${crypto.randomUUID()}`;
+    const isKept = isOthers && this.#tidyUp(() => linkQuietly(path, aside));
+    closeQuietly(this.listener);
+    await this.#accepting?.catch(ignore); // The file goes once it has let go of the socket.
+    if (isKept) this.#tidyUp(() => restoreLink(aside, path));
+    else if (isSameFile(fileAt(path), made)) this.#tidyUp(() => Deno.removeSync(path));
+  }
+
+  /** Whether it could be done. */
+  #tidyUp(action: () => void): boolean {
+    try {
+      action();
+      return true;
+    } catch (error) {
+      print(`Cannot tidy up the socket file ${printable(this.file.path)}: ${messageOf(error)}`);
+      return false;
+    }
   }
 }
 
