@@ -4599,6 +4599,9 @@ export type DatagramClientOptions =
   & { timeout?: number | undefined }
   & ({ hostname?: string | undefined; port: number } | { path: string; localPath: string });
 
+/** The server, and the path of the client's own Unix socket, or "". */
+type ClientSettings = { readonly server: PeerAddress; readonly localPath: string; readonly timeout: number };
+
 /** A client's open socket, and the server's address as the system knows it. */
 interface OpenClient {
   readonly socket: DatagramSocket;
@@ -4621,9 +4624,7 @@ interface OpenClient {
  * ```
  */
 export class DatagramClient implements Disposable {
-  readonly #server: PeerAddress;
-  readonly #localPath: string;
-  readonly #timeout: number;
+  readonly #settings: ClientSettings;
   readonly #buffer = new Uint8Array(DATAGRAM_BUFFER_BYTES);
   #opening: Promise<OpenClient> | undefined;
   #opened: OpenClient | undefined;
@@ -4634,10 +4635,7 @@ export class DatagramClient implements Disposable {
 
   /** Makes a client; nothing is opened yet. Throws `RangeError` or `TypeError` for a wrong option. */
   constructor(options: DatagramClientOptions) {
-    const { server, localPath, timeout } = resolveClient(options);
-    this.#server = server;
-    this.#localPath = localPath;
-    this.#timeout = timeout;
+    this.#settings = resolveClient(options);
   }
 
   /**
@@ -4653,8 +4651,8 @@ export class DatagramClient implements Disposable {
     try {
       await socket.send(bytes, server);
     } catch (error) {
-      const to = formatAddress(this.#server);
-      throw restate(error, `Cannot send ${bytes.length} bytes to ${to}: ${explain(error, this.#server)}`);
+      const to = this.#settings.server;
+      throw restate(error, `Cannot send ${bytes.length} bytes to ${formatAddress(to)}: ${explain(error, to)}`);
     }
   }
 
@@ -4674,14 +4672,15 @@ export class DatagramClient implements Disposable {
   }
 
   async #nextOf({ socket, server }: OpenClient): Promise<Uint8Array<ArrayBuffer>> {
-    const expiresAt = performance.now() + this.#timeout;
+    const { timeout } = this.#settings;
+    const expiresAt = performance.now() + timeout;
     while (true) {
       const receiving = this.#receiving ??= socket.receive(this.#buffer);
       const left = expiresAt - performance.now();
       // Strangers must not prolong the wait.
       if (left <= 0 || !await settlesWithin(receiving, left)) {
-        const from = formatAddress(this.#server);
-        throw new Deno.errors.TimedOut(`No answer came from ${from} within ${this.#timeout} ms`);
+        const from = formatAddress(this.#settings.server);
+        throw new Deno.errors.TimedOut(`No answer came from ${from} within ${timeout} ms`);
       }
       this.#receiving = undefined;
       const [data, from] = await receiving;
@@ -4698,13 +4697,13 @@ export class DatagramClient implements Disposable {
   }
 
   async #openSocket(): Promise<OpenClient> {
-    const server = await resolveServer(this.#server);
-    const local = localAddressFor(server, this.#localPath);
+    const { localPath } = this.#settings;
+    const server = await resolveServer(this.#settings.server);
+    if (this.#isClosed) return this.#open(); // It was closed meanwhile, so this rejects.
+    const local = localAddressFor(server, localPath);
     try {
       const socket = openDatagramSocket(local);
-      this.#opened = { socket, server, file: "path" in local ? fileAt(this.#localPath) : undefined };
-      if (this.#isClosed) this.#release();
-      return this.#opened;
+      return this.#opened = { socket, server, file: "path" in local ? fileAt(localPath) : undefined };
     } catch (error) {
       throw openingError("open a socket on", local, error);
     }
@@ -4714,13 +4713,10 @@ export class DatagramClient implements Disposable {
   close(): void {
     if (this.#isClosed) return;
     this.#isClosed = true;
-    this.#release();
-  }
-
-  #release(): void {
-    if (this.#opened === undefined) return; // Nothing is open, or will be closed when it is.
+    if (this.#opened === undefined) return;
     closeQuietly(this.#opened.socket);
-    if (isSameFile(fileAt(this.#localPath), this.#opened.file)) Deno.removeSync(this.#localPath);
+    const { localPath } = this.#settings;
+    if (isSameFile(fileAt(localPath), this.#opened.file)) Deno.removeSync(localPath);
   }
 
   /** Closes the socket. */
@@ -4729,7 +4725,7 @@ export class DatagramClient implements Disposable {
   }
 }
 
-function resolveClient(options: DatagramClientOptions): { server: PeerAddress; localPath: string; timeout: number } {
+function resolveClient(options: DatagramClientOptions): ClientSettings {
   if ("path" in options) {
     const { path, ...others } = resolveOptions({ path: "", localPath: "", timeout: Infinity }, options);
     if (path !== "" && others.localPath !== "") return { server: { transport: "unixpacket", path }, ...others };
