@@ -3304,13 +3304,12 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   };
   /** Sessions that ended by themselves since the shutdown began. */
   #finished = 0;
-  /** `"closed"`: all sessions are ended or cut off. */
-  #phase: "open" | "draining" | "closed" = "open";
+  /** All sessions are ended or cut off. */
+  #isClosed = false;
   #address: Address | undefined;
   #acceptor: Acceptor<Arrival> | undefined;
   /** One at a time. */
   #serving: ServingCall | undefined;
-  /** Set while the phase is not `"open"`. */
   #shuttingDown: Promise<ShutdownReport> | undefined;
   /** Aborts when the shutdown is over; handlers that do not return may still run. */
   readonly #ended = new AbortController();
@@ -3444,7 +3443,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    * call does nothing.
    */
   close(): void {
-    if (this.#phase === "closed") return;
+    if (this.#isClosed) return;
     this.#closeNow();
     this.#shuttingDown ??= this.#drain(0);
   }
@@ -3572,11 +3571,11 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
 
   /** Clients wait in the backlog; datagrams that are too many are received, dropped and counted. */
   get #mustWait(): boolean {
-    return this.#isFull && !this.#keepsListener && this.#phase !== "closed";
+    return this.#isFull && !this.#keepsListener && !this.#isClosed;
   }
 
   get #isClosing(): boolean {
-    return this.#phase !== "open";
+    return this.#isClosed || this.#shuttingDown !== undefined;
   }
 
   /**
@@ -3628,7 +3627,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     this.#counts.accepted++;
     try {
       if (this.signal.aborted) session.abort(this.signal.reason);
-      if (this.#phase === "closed") this.#cut(session); // close() won the race.
+      if (this.#isClosed) this.#cut(session); // close() won the race.
       const opened = session.isCut ? null : session.open();
       const served = opened instanceof Promise
         ? opened.then((request) => this.#process(session, request))
@@ -3739,13 +3738,11 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   async #drain(grace: number): Promise<ShutdownReport> {
     const begun = performance.now();
     const left = () => Math.max(0, begun + grace - performance.now());
-    if (this.#phase !== "closed") this.#phase = "draining";
     const looking = this.#startDrainingIdle(begun);
     const stopped = this.#stopAccepting();
     await settlesWithin(stopped, Math.min(ABORT_AFTER_MS, left()));
     this.#abortSignal();
-    await settlesWithin(stopped, left());
-    await settlesWithin(this.#idle(), left());
+    await settlesWithin(stopped.then(() => this.#idle()), left());
     clearInterval(looking);
     this.#closeNow();
     await stopped;
@@ -3787,7 +3784,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
 
   /** From here on nothing is accepted, and whoever waits for an idle server goes on. */
   #closeNow(): void {
-    this.#phase = "closed";
+    this.#isClosed = true;
     this.#abortSignal();
     this.#acceptor?.close();
     for (const session of [...this.#sessions]) this.#cut(session);
@@ -3806,10 +3803,10 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   #idle(): Promise<void> {
-    return this.#until(() => this.#sessions.length === 0 || this.#phase === "closed");
+    return this.#until(() => this.#sessions.length === 0 || this.#isClosed);
   }
 
-  /** Resolves when `condition` holds, which changes when sessions leave or the phase does. */
+  /** Resolves when `condition` holds, which changes when sessions leave or the server closes. */
   async #until(condition: () => boolean): Promise<void> {
     while (!condition()) {
       this.#change ??= Promise.withResolvers();
