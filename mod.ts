@@ -3648,18 +3648,13 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     this.noteOpen(request, session.clientAddress);
     if (session.isCut) return; // A hook has closed the server.
     const verified = this.verifyRequest(request, session.clientAddress);
-    if (verified !== true) return this.#processIfVerified(verified, request, session);
-    if (!session.isCut) return this.processRequest(request, session.clientAddress);
+    if (!isThenable(verified)) return this.#processIfVerified(verified, request, session);
+    return Promise.resolve(verified).then((isVerified) => this.#processIfVerified(isVerified, request, session));
   }
 
-  async #processIfVerified(
-    verified: boolean | Promise<boolean>,
-    request: Request,
-    session: Session<Request>,
-  ): Promise<void> {
-    const isVerified = await verified;
+  #processIfVerified(isVerified: boolean, request: Request, session: Session<Request>): void | Promise<void> {
     if (session.isCut) return;
-    if (isVerified) return await this.processRequest(request, session.clientAddress);
+    if (isVerified) return this.processRequest(request, session.clientAddress);
     this.#counts.rejected++;
     session.outcome = "rejected";
   }
