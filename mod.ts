@@ -3163,9 +3163,8 @@ class StreamSession extends Session<SocketStream> {
   #makeRequest(hasPassed: boolean): SocketStream | null {
     this.conn = (this.#passage ?? this).conn;
     this.#passage = undefined;
-    if (this.isCut) return null; // A filter may have closed the server.
-    if (!hasPassed) this.outcome = "refused";
-    if (!hasPassed) return null;
+    if (!hasPassed && !this.isCut) this.outcome = "refused";
+    if (!hasPassed || this.isCut) return null; // A filter may have closed the server.
     const request = this.getRequest(this.conn);
     this.#transport = transportOf(request);
     this.#transport.session = this;
@@ -3173,12 +3172,11 @@ class StreamSession extends Session<SocketStream> {
   }
 
   override outcomeOf(error: unknown): ErrorOutcome | undefined {
-    const isFiltered = this.#passage === undefined;
-    const isOwn = !isFiltered || this.#transport?.hasRaised(error) === true;
-    if (isOwn && this.isCut) return undefined;
-    if (!isFiltered) return "handshakeFailed";
+    if (this.#passage !== undefined) return this.isCut ? undefined : "handshakeFailed";
+    if (!this.#transport?.hasRaised(error)) return "error";
+    if (this.isCut) return undefined;
     // A stream that its own handler has closed is the handler's mistake.
-    if (!isOwn || error instanceof LimitOverrunError || error instanceof Deno.errors.BadResource) return "error";
+    if (error instanceof LimitOverrunError || error instanceof Deno.errors.BadResource) return "error";
     return error instanceof Deno.errors.TimedOut ? "timedOut" : "aborted";
   }
 
