@@ -1634,7 +1634,7 @@ class Transport {
   readonly output: Output;
   bytesRead = 0;
   /** The server's record of this request. */
-  session: { readonly signal: AbortSignal } | undefined;
+  session: { readonly controller: AbortController } | undefined;
   readonly #input = new Input();
   /** How far the peer's bytes were read at the last write. */
   #answered = 0;
@@ -2757,8 +2757,8 @@ function retryDelay(tries: number): number {
 
 /** The signal of the session that a request belongs to; `undefined` for a request that a test has made. */
 function signalOf(request: unknown): AbortSignal | undefined {
-  if (request instanceof SocketStream) return transportOf(request).session?.signal;
-  return request instanceof Datagram ? sessionOf(request)?.signal : undefined;
+  if (request instanceof SocketStream) return transportOf(request).session?.controller.signal;
+  return request instanceof Datagram ? sessionOf(request)?.controller.signal : undefined;
 }
 
 /**
@@ -3115,13 +3115,9 @@ abstract class Session<Request extends Traffic> {
     return this.outcome === "cut";
   }
 
-  /** The handler's signal, made when it is asked for. */
-  get signal(): AbortSignal {
-    return (this.#controller ??= new AbortController()).signal;
-  }
-
-  abort(reason: unknown): void {
-    (this.#controller ??= new AbortController()).abort(reason);
+  /** The controller of the handler's signal, made when it is asked for. */
+  get controller(): AbortController {
+    return this.#controller ??= new AbortController();
   }
 }
 
@@ -3624,7 +3620,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     session.index = this.#sessions.push(session) - 1;
     this.#counts.accepted++;
     try {
-      if (this.signal.aborted) session.abort(this.signal.reason);
+      if (this.signal.aborted) session.controller.abort(this.signal.reason);
       if (this.#isClosed) this.#cut(session); // close() won the race.
       const opened = session.isCut ? null : session.open();
       const served = opened instanceof Promise
@@ -3756,7 +3752,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   #abortSignal(): void {
     const reason = new DOMException("The server is shutting down", "AbortError");
     this.#controller.abort(reason);
-    for (const session of this.#sessions) session.abort(reason);
+    for (const session of this.#sessions) session.controller.abort(reason);
   }
 
   /** Ends clients that have nothing under way, now and again. */
@@ -3790,7 +3786,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     session.outcome = "cut";
     this.#cutOff.push(session.clientAddress);
     const error = new Deno.errors.BadResource("The server has closed the connection");
-    session.abort(error);
+    session.controller.abort(error);
     session.cut(error);
     this.#release(session);
   }
