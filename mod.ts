@@ -1019,10 +1019,9 @@ class Input {
   #wanted = IDLE_BUFFER_BYTES;
   #smallReads = 0;
   #lastCount = 0;
-  /** Decoded lines, one character for each byte. The next one begins at `#nextLine`, and at the byte `#linesAt`. */
+  /** Decoded lines, one character for each byte from `#textAt` on. */
   #text = "";
-  #nextLine = 0;
-  #linesAt = -1;
+  #textAt = 0;
   /** No more bytes will come. */
   ended = false;
   /** Bytes known to hold no delimiter, so that a line that comes byte by byte is searched once. */
@@ -1036,7 +1035,7 @@ class Input {
 
   /** The place of the next bytes; valid until `commit()`, and never empty. */
   room(): Uint8Array<ArrayBuffer> {
-    this.#linesAt = -1; // Bytes may move.
+    this.#text = ""; // Bytes may move.
     if (this.length === 0 || this.#end === this.#bytes.length) this.#makeRoom();
     return this.#end === 0 ? this.#bytes : this.#bytes.subarray(this.#end);
   }
@@ -1123,14 +1122,12 @@ class Input {
 
   /** The next line without its end, if it is decoded already and has at most `limit` bytes. */
   takeDecodedLine(limit: number): string | undefined {
-    if (this.#linesAt !== this.#start) return undefined;
-    const from = this.#nextLine;
+    const from = this.#start - this.#textAt;
     const to = this.#text.indexOf("\n", from);
     if (to < 0) return undefined;
     const end = to > from && this.#text.charCodeAt(to - 1) === CARRIAGE_RETURN ? to - 1 : to;
     if (end - from > limit) return undefined;
-    this.#nextLine = to + 1;
-    this.#linesAt = this.#start += to + 1 - from;
+    this.#start += to + 1 - from;
     return this.#text.slice(from, end);
   }
 
@@ -1142,8 +1139,7 @@ class Input {
     const text = decoder.decode(window.subarray(0, count));
     if (text.length !== count) return; // A line's length in bytes could not be told.
     this.#text = text;
-    this.#nextLine = 0;
-    this.#linesAt = this.#start;
+    this.#textAt = this.#start;
   }
 
   at(index: number): number {
