@@ -1093,9 +1093,9 @@ class Input {
     }
   }
 
-  /** The first `count` bytes, which are the caller's from now on. */
-  take(count: number): Uint8Array<ArrayBuffer> {
-    const from = this.#start;
+  /** The first `count` bytes behind `skipped` others, which are the caller's from now on. */
+  take(count: number, skipped = 0): Uint8Array<ArrayBuffer> {
+    const from = this.#start + skipped;
     const to = this.#start = from + count;
     if (this.#size > BUSY_BUFFER_BYTES && count * MAX_RETENTION < this.#size) return this.#bytes.slice(from, to);
     this.#ours = to;
@@ -1161,10 +1161,6 @@ class Input {
   /** A copy of the first bytes, `count` at most. */
   peek(count: number): Uint8Array<ArrayBuffer> {
     return this.#bytes.slice(this.#start, Math.min(this.#start + count, this.#end));
-  }
-
-  skip(count: number): void {
-    this.#start += count;
   }
 }
 
@@ -1244,10 +1240,7 @@ function takeFrame(input: Input, format: FrameFormat, limit: number): Bytes | nu
     const message = `Cannot read a frame of ${length} bytes: the limit is ${limit} (option "limit")`;
     throw new LimitOverrunError(message, limit, lengthBytes);
   }
-  if (input.length >= lengthBytes + length) {
-    input.skip(lengthBytes);
-    return input.take(length);
-  }
+  if (input.length >= lengthBytes + length) return input.take(length, lengthBytes);
   if (!input.ended) return MORE;
   if (input.length === 0) return null;
   throw new IncompleteReadError(input.take(input.length), lengthBytes + length);
