@@ -1082,15 +1082,12 @@ class Input {
     this.#wanted = Math.max(this.#wanted, Math.min(count, MAX_BUFFER_BYTES));
   }
 
-  /** Takes in bytes that were read into another place. */
-  append(bytes: Uint8Array): void {
-    for (let from = 0; from < bytes.length;) {
-      const room = this.room();
-      const part = bytes.subarray(from, from + room.length);
-      room.set(part);
-      this.commit(part.length);
-      from += part.length;
-    }
+  /** Takes in bytes that have arrived elsewhere while nothing was unread. */
+  adopt(bytes: Uint8Array): void {
+    this.#bytes = new Uint8Array(bytes);
+    this.#size = this.#end = bytes.length;
+    this.#start = this.#ours = 0;
+    this.#text = "";
   }
 
   /** The first `count` bytes behind `skipped` others, which are the caller's from now on. */
@@ -1748,7 +1745,7 @@ class Transport {
     this.bytesRead += count;
     if (direct === undefined) this.#input.commit(count);
     else if (this.#pending?.into === direct) this.#input.directCount = count;
-    else this.#input.append(direct.subarray(0, count)); // Its reader is gone.
+    else this.#input.adopt(direct.subarray(0, count)); // Its reader is gone.
     this.#advance();
   };
 
