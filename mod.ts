@@ -1371,15 +1371,13 @@ class Output {
   }
 
   closeWrite(): Promise<void> {
-    const refusal = this.#ending === undefined ? this.refusal("closeWrite()") : this.failure;
+    if (this.#ending !== undefined) return this.#ending.promise;
+    const refusal = this.refusal("closeWrite()");
     if (refusal !== undefined) return rejection(refusal);
-    if (this.#ending === undefined) {
-      this.#ending = Promise.withResolvers();
-      forgettable(this.#ending.promise);
-      this.#isEnding = true;
-      this.#end(this.#ending).catch((error) => this.#failWith(error));
-    }
-    return this.#ending.promise;
+    this.#ending = Promise.withResolvers();
+    this.#isEnding = true;
+    this.#end(this.#ending).catch((error) => this.#failWith(error));
+    return forgettable(this.#ending.promise);
   }
 
   async #end({ resolve }: PromiseWithResolvers<void>): Promise<void> {
