@@ -103,19 +103,17 @@ export class LimitOverrunError extends Error {
   }
 }
 
+/** Their objects are made of a message and a cause. */
+const RUNTIME_CLASSES = [Error, TypeError, RangeError, URIError, ...Object.values<unknown>(Deno.errors)];
+
 /** The same class and `code` as `error`, under another message; a class of the program's own stays as it is. */
 function restate(error: unknown, message: string): Error {
   const code = errorCode(error);
-  if (error instanceof Error && !isRuntimeClass(error.constructor)) return error;
+  if (error instanceof Error && !RUNTIME_CLASSES.includes(error.constructor)) return error;
   // The runtime asks a new connection for its peer, which a reset has taken away by then.
   const Kind = code === "ENOTCONN" ? Deno.errors.ConnectionReset : error instanceof Error ? error.constructor : Error;
   const restated: Error = Reflect.construct(Kind, [message, { cause: error }]);
   return code === "" ? restated : Object.assign(restated, { code });
-}
-
-/** Whether `Class` takes a message and a cause. */
-function isRuntimeClass(Class: unknown): boolean {
-  return [Error, TypeError, RangeError, URIError, ...Object.values<unknown>(Deno.errors)].includes(Class);
 }
 
 /** Controls (C0, C1), invisible and direction-changing characters, line ends, lone surrogates. */
