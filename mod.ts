@@ -1802,16 +1802,14 @@ class Transport {
   async upgrade(filter: ConnectionFilter, timeout: number): Promise<void> {
     this.#checkUpgradable();
     const controller = new AbortController();
-    const waiting = new WaitingRead<never, undefined>("upgrade()", () => MORE, undefined, timeout, false);
+    const waiting = new WaitingRead<never, undefined>("upgrade()", () => MORE, undefined, Infinity, false);
     waiting.promise.catch((error) => controller.abort(error));
     this.#pending = waiting;
-    this.#watchFor(timeout);
     const passage = new Passage(this.conn, controller.signal, this.releases);
     this.output.isHeld = true;
     try {
-      await unlessAborted(this.output.flush(), controller.signal);
-      const passed = Promise.try(() => runFilters([filter], passage));
-      this.#goOn(await unlessAborted(passed, controller.signal), passage.conn);
+      const passing = this.output.flush().then(() => runFilters([filter], passage));
+      this.#goOn(await inTime(passing, timeout, "upgrade() waited for the timeout of", controller), passage.conn);
     } catch (error) {
       this.#pending = undefined;
       if (passage.conn !== this.conn) closeQuietly(passage.conn);
