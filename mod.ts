@@ -680,15 +680,11 @@ function isExhausted(): boolean {
   return performance.now() - exhaustedAt <= OVERLOAD_EPISODE_MS;
 }
 
-let isPrepared = false;
-
 /**
  * Opens what the runtime would open later, when no descriptor may be left, on which it panics: the source map of this
  * module, at the first read of a `stack`, and its own signal listener, 500 ms after the start of the process.
  */
 function prepareForExhaustion(): void {
-  if (isPrepared) return;
-  isPrepared = true;
   void new TypeError("unused").stack;
   try {
     Deno.addSignalListener("SIGINT", ignore);
