@@ -852,10 +852,10 @@ function delay(ms: number, ...signals: (AbortSignal | undefined)[]): Promise<voi
   });
 }
 
-/** Whether `promise` settles within `ms`. */
-async function settlesWithin(promise: Promise<unknown>, ms: number): Promise<boolean> {
+/** Whether `promise` settles within `ms`, and before `signal` aborts. */
+async function settlesWithin(promise: Promise<unknown>, ms: number, signal?: AbortSignal): Promise<boolean> {
   const settlement = settlementOf(promise);
-  await delay(ms, settlement);
+  await delay(ms, settlement, signal);
   return settlement.aborted;
 }
 
@@ -873,21 +873,15 @@ function settlementOf(promise: Promise<unknown>): AbortSignal {
   return controller.signal;
 }
 
-/** Settles as `promise` does, but rejects as soon as `signal` aborts, with its reason. */
-async function unlessAborted<T>(promise: Promise<T>, signal: AbortSignal): Promise<T> {
-  await delay(Infinity, settlementOf(promise), signal);
-  signal.throwIfAborted();
-  return await promise;
-}
-
-/** The same, and `controller` aborts after `ms`, with a message that begins with `what`. */
+/**
+ * Settles as `promise` does, but rejects as soon as `controller` aborts, with its reason. It aborts after `ms`, with a
+ * message that begins with `what`.
+ */
 async function inTime<T>(promise: Promise<T>, ms: number, what: string, controller: AbortController): Promise<T> {
-  const timer = startTimer(() => controller.abort(new Deno.errors.TimedOut(`${what} ${ms} ms`)), ms);
-  try {
-    return await unlessAborted(promise, controller.signal);
-  } finally {
-    clearTimeout(timer);
-  }
+  const isOver = await settlesWithin(promise, ms, controller.signal) || controller.signal.aborted;
+  if (!isOver) controller.abort(new Deno.errors.TimedOut(`${what} ${ms} ms`));
+  controller.signal.throwIfAborted();
+  return await promise;
 }
 
 // --- Fair turns -------------------------------------------------------------
