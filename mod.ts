@@ -2096,8 +2096,8 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
   /**
    * Reads a line of UTF-8 text without its `"\n"` or `"\r\n"`; resolves to `null` at the end of the stream. A last line
-   * needs no end. Bytes that are no UTF-8 become U+FFFD; `readUntil("\n")` gives bytes. Rejects with {@linkcode LimitOverrunError} if the line is longer than `limit` bytes. A kept line may
-   * keep up to 1 KiB alive.
+   * needs no end. Bytes that are no UTF-8 become U+FFFD; `readUntil("\n")` gives bytes. Rejects with
+   * {@linkcode LimitOverrunError} if the line is longer than `limit` bytes. A kept line may keep up to 1 KiB alive.
    */
   readLine(): Promise<string | null> {
     return this.#transport.read("readLine()", takeLine, undefined);
@@ -3329,8 +3329,8 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    *
    * @param options The abort of `signal` is a call of `shutdown()`.
    * @returns Resolves once the shutdown is over; at once if it was before. Rejects with the error of `listen()`, after
-   * which it may be called again; with `Deno.errors.Busy` if the server serves already; and with an error of accepting that cannot be waited
-   * out, which closes the server.
+   * which it may be called again; with `Deno.errors.Busy` if the server serves already; and with an error of accepting
+   * that cannot be waited out, which closes the server.
    */
   async serveForever(options: { signal?: AbortSignal | undefined } = {}): Promise<void> {
     const { signal } = resolveOptions<{ signal: AbortSignal | undefined }>({ signal: undefined }, options);
@@ -3543,8 +3543,8 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   /**
-   * Listens and runs `work`, one at a time, unless the server is closed. An error of accepting closes the server; after one of listening it may be
-   * tried again.
+   * Listens and runs `work`, one at a time, unless the server is closed. An error of accepting closes the server; after
+   * one of listening it may be tried again.
    */
   async #serveBy<T>(call: ServingCall, work: (acceptor: Acceptor<Arrival>) => Promise<T>): Promise<T | undefined> {
     if (this.#isClosing) return undefined;

@@ -4,8 +4,8 @@ import { assert, assertEquals, assertMatch, assertThrows } from "../../deps.ts";
 import { connect, perHost } from "../../mod.ts";
 import { NativeTlsServer, tlsSessionOf } from "../../extras/tls.ts";
 import { pattern } from "../fake_conn.ts";
-import { Peer, Program } from "../programs.ts";
-import { Echo, rejectionOf, until } from "../testing.ts";
+import { freePort, Peer, Program } from "../programs.ts";
+import { Echo, listenAgain, rejectionOf, until } from "../testing.ts";
 import { dial, pythonClient, QuietNativeServer, servingNatively, tlsTest, Watched } from "./tls_peers.ts";
 
 tlsTest("a native server serves the runtime's clients and those of the filter", async (certificates) => {
@@ -94,14 +94,14 @@ tlsTest("filters of a native server run behind its handshake", async (certificat
 });
 
 tlsTest("a native server listens once, says where, and gives the port back", async ({ server: { cert, key } }) => {
-  const server = new NativeTlsServer({ port: 0, cert, key }, Echo);
+  const port = await freePort();
+  const server = new NativeTlsServer({ port, cert, key }, Echo);
   const address = server.listen();
-  assertEquals(server.listen(), address);
-  assertEquals(server.address, address);
-  const other = new NativeTlsServer({ port: address.port, cert, key }, Echo);
+  assertEquals([address.port, server.listen(), server.address], [port, address, address]);
+  const other = new NativeTlsServer({ port, cert, key }, Echo);
   assertThrows(() => other.listen(), Deno.errors.AddrInUse);
   await server.shutdown();
-  other.listen();
+  await listenAgain(() => other.listen());
   await other.shutdown();
   assertThrows(() => server.listen(), TypeError);
 });
