@@ -484,7 +484,7 @@ function checkNumber(name: string, value: unknown): void {
 }
 
 function checkFilters(filters: unknown): void {
-  if (Array.isArray(filters) && filters.every((filter) => typeof filter === "function")) return;
+  if (Array.isArray(filters) && [...filters].every((filter) => typeof filter === "function")) return; // Nor a hole.
   throw wrongType('Option "filters" must be an array of functions', filters);
 }
 
@@ -1082,7 +1082,9 @@ class Input {
   take(count: number, skipped = 0): Uint8Array<ArrayBuffer> {
     const from = this.#start + skipped;
     const to = this.#start = from + count;
-    if (this.#size > BUSY_BUFFER_BYTES && count * MAX_RETENTION < this.#size) return this.#bytes.slice(from, to);
+    // Not even a part of no bytes may belong to two callers: one of them may transfer its buffer.
+    const isSmall = this.#size > BUSY_BUFFER_BYTES && count * MAX_RETENTION < this.#size;
+    if (count === 0 || isSmall) return this.#bytes.slice(from, to);
     this.#ours = to;
     return this.#bytes.subarray(from, to);
   }
@@ -1496,6 +1498,7 @@ class Output {
 
   /** The promise of a lone `send()` is the very one of its write. */
   #startWriting(bytes: Uint8Array): Promise<void> {
+    this.#writing = DONE; // A connection of the caller's own may send from inside its write().
     this.#writing = this.#write(bytes);
     // A connection of the caller's own may have thrown at once.
     return this.failure === undefined ? this.#writing : forgettable(this.#writing);
@@ -2238,6 +2241,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    */
   upgrade(filter: ConnectionFilter, options: { handshakeTimeout?: number | undefined } = {}): Promise<void> {
     return forgettable(Promise.try(() => {
+      if (typeof filter !== "function") throw wrongType("Filter must be a function", filter);
       const { handshakeTimeout } = resolveOptions({ handshakeTimeout: SERVER_DEFAULTS.handshakeTimeout }, options);
       return this.#transport.upgrade(filter, handshakeTimeout);
     }));
@@ -2394,8 +2398,9 @@ class Passage implements FilterContext {
 }
 
 /** Runs `filters` in order; gives `false` if one refuses, and a promise only if one of them does. */
-function runFilters([filter, ...others]: readonly ConnectionFilter[], passage: Passage): boolean | Promise<boolean> {
-  if (filter === undefined) return true;
+function runFilters(filters: readonly ConnectionFilter[], passage: Passage): boolean | Promise<boolean> {
+  if (filters.length === 0) return true;
+  const [filter = () => null, ...others] = filters; // Whatever was put in there must not let everyone in.
   const goOn = (conn: StreamConn | null) => passOn(passage, conn) && runFilters(others, passage);
   const next = filter(passage.conn, passage);
   return isThenable(next) ? Promise.resolve(next).then(goOn) : goOn(next);
@@ -2483,6 +2488,12 @@ class Pipe {
     this.#wake();
   }
 
+  /** Ends it, and drops what nobody will read. */
+  discard(): void {
+    this.#held = NO_BYTES;
+    this.end();
+  }
+
   #wake(): void {
     this.#changing.resolve();
     this.#changing = Promise.withResolvers();
@@ -2525,7 +2536,7 @@ class PairConn implements StreamConn {
   close(): void {
     this.#checkOpen();
     this.#isClosed = true;
-    this.incoming.end();
+    this.incoming.discard();
     this.outgoing.end();
   }
 
@@ -3360,7 +3371,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     const isLate = await this.#serveBy("handleRequest()", async (acceptor) => {
       if (!await settlesWithin(acceptor.arrival(), timeout)) return true;
       const { value: arrival } = await acceptor.next();
-      if (arrival === undefined) return;
+      if (arrival === undefined) return void await this.#shuttingDown; // Which serves what came at that moment.
       const served = Promise.resolve(this.#serve(arrival));
       await delay(Infinity, settlementOf(served), this.#ended.signal);
     });

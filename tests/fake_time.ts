@@ -15,14 +15,14 @@ interface Timer {
   readonly interval: number | undefined;
 }
 
+/** Far from the ids of the runtime, and never the same in two tests: a timer of one may be cleared in the next. */
+let nextId = 2 ** 40;
+
 /** The time of a test. */
 export class FakeTime {
   readonly #timers = new Map<number, Timer>();
   readonly #begun = Math.ceil(performance.now());
   #now = this.#begun;
-  /** Far from the ids of the runtime. */
-  #nextId = 2 ** 40;
-
   /** Milliseconds that have passed. */
   get passed(): number {
     return this.#now - this.#begun;
@@ -39,8 +39,8 @@ export class FakeTime {
 
   set(callback: () => void, ms: number, interval?: number): number {
     if (ms >= 2 ** 31) throw new RangeError(`The runtime would fire a timer of ${ms} ms at once`);
-    this.#timers.set(this.#nextId, { at: this.#now + Math.max(ms, 0), callback, interval });
-    return this.#nextId++;
+    this.#timers.set(nextId, { at: this.#now + Math.max(ms, 0), callback, interval });
+    return nextId++;
   }
 
   /** Whether `id` was one of these timers. */

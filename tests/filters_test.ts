@@ -181,6 +181,15 @@ for (const [what, refuse] of REFUSALS) {
   });
 }
 
+Deno.test("a hole that somebody makes in the filters of a server refuses the connection", async () => {
+  const filters: ConnectionFilter[] = [(conn) => conn, (conn) => conn];
+  await withFilters(filters, async ({ server, give }) => {
+    delete filters[0];
+    await give(new FakeTcpConn());
+    assertEquals([server.stats.refused, server.others], [1, []]);
+  });
+});
+
 Deno.test("a filter that closes the server and then refuses has cut its connection off, once", async () => {
   const released: string[] = [];
   let witness: Witness | undefined;

@@ -1,5 +1,6 @@
 import {
   connect,
+  type ConnectionFilter,
   type ConnectTlsOptions,
   DatagramClient,
   DatagramRequestHandler,
@@ -139,6 +140,15 @@ for (const json of ["5", "null", "[5]", "{}", '["perHost"]', "[null]"]) {
     }
   });
 }
+
+Deno.test("connect() and new TcpServer() refuse filters with a hole, which would let everyone in", async () => {
+  const filters: ConnectionFilter[] = [];
+  filters[1] = () => null;
+  for (const take of [makeServer, (options: ServerOptions) => connect({ port: 1, ...options })]) {
+    const error = await rejectionOf(attempt(() => take({ filters })));
+    assertMatch(error.message, /^Option "filters" must be an array of functions: it is \[ <1 empty item>, /);
+  }
+});
 
 Deno.test("an option of an earlier edition is refused by name", () => {
   for (const option of ["maxConnectionsPerHost", "proxyProtocol"]) {

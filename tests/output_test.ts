@@ -30,6 +30,21 @@ Deno.test("many writes of one turn become one write of the connection", async ()
   stream.close();
 });
 
+Deno.test("what a connection sends from inside its own write goes behind that write", async () => {
+  class Chatty extends FakeConn {
+    override write(data: Uint8Array) {
+      if (this.writesBegun === 0) stream.send("second");
+      return super.write(data);
+    }
+  }
+  const conn = new Chatty();
+  const stream = new SocketStream(conn);
+  await stream.send("first");
+  await stream.flush();
+  assertEquals(conn.writes.map(textOf), ["first", "second"]);
+  stream.close();
+});
+
 Deno.test("10,000 small writes become few writes of the connection, and lose nothing", async () => {
   const conn = new FakeConn();
   const stream = new SocketStream(conn, { highWaterMark: Infinity });

@@ -1,7 +1,7 @@
 /** The start of a server: what it refuses, what it opens, and one request at a time. */
 
 import { assert, assertEquals, assertMatch, assertRejects, assertThrows } from "../deps.ts";
-import { BaseServer, connect, StreamServer, TcpServer } from "../mod.ts";
+import { BaseServer, connect, StreamRequestHandler, StreamServer, TcpServer } from "../mod.ts";
 import { FakeTcpConn, turnEnd } from "./fake_conn.ts";
 import { freePort } from "./programs.ts";
 import {
@@ -197,6 +197,34 @@ Deno.test("handleRequest() accepts nothing that it does not serve", async () => 
   assertEquals([listener.accepts, server.stats.accepted], [2, 2]);
   server.close();
   await server.serveForever();
+});
+
+Deno.test("handleRequest() resolves after its request, also if that comes while a shutdown closes the listener", async () => {
+  for (const delay of [0, 1, 5]) {
+    const order: string[] = [];
+    class Slow extends StreamRequestHandler {
+      override async handle() {
+        order.push("handle()");
+        await new Promise((resolve) => setTimeout(resolve, 20));
+        order.push("handled");
+      }
+    }
+    const arriving = Promise.withResolvers<Deno.Conn>();
+    class Late extends FakeListener {
+      override accept() {
+        return arriving.promise;
+      }
+      override async close() {
+        await new Promise((resolve) => setTimeout(() => resolve(arriving.resolve(new FakeTcpConn())), delay));
+      }
+    }
+    const server = new FakeServer(new Late([]), Slow);
+    const handling = server.handleRequest().then(() => order.push("handleRequest()"));
+    await turnEnd();
+    await server.shutdown();
+    await handling;
+    assertEquals(order, ["handle()", "handled", "handleRequest()"]);
+  }
 });
 
 for (const call of ["serveForever", "handleRequest"] as const) {

@@ -93,6 +93,15 @@ Deno.test("a chunk whose buffer was transferred takes nothing from what comes la
   stream.close();
 });
 
+Deno.test("an empty chunk belongs to its caller as well: its buffer may be transferred", async () => {
+  const [first, second] = [new SocketStream(new FakeConn()), new SocketStream(new FakeConn())];
+  for (const stream of [first, second]) {
+    const chunk = await stream.readExactly(0);
+    assertEquals(structuredClone(chunk, { transfer: [chunk.buffer] }).length, 0);
+    stream.close();
+  }
+});
+
 Deno.test("a recv() that is refused does not change how much the one that waits may take", async () => {
   const conn = new FakeConn();
   const stream = new SocketStream(conn);

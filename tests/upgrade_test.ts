@@ -89,6 +89,18 @@ const REFUSALS: [string, (stream: SocketStream, conn: FakeConn) => unknown, RegE
   ],
 ];
 
+Deno.test("upgrade() without a filter is refused, and the stream is as it was", async () => {
+  const { conn, stream } = twoConns();
+  for (const filter of [undefined, null, 5]) {
+    const upgrading: Promise<void> = Reflect.apply(stream.upgrade, stream, [filter]);
+    const error = await rejectionOf(upgrading);
+    assertEquals(String(error), `TypeError: Filter must be a function: it is ${filter}`);
+  }
+  await stream.send("still open");
+  assertEquals(textOf(conn.written), "still open");
+  stream.close();
+});
+
 for (const [what, prepare, sentence, Kind] of REFUSALS) {
   Deno.test(`upgrade() while ${what} is refused, and the stream is as it was`, async () => {
     const { conn, stream } = twoConns();
