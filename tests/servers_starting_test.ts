@@ -214,8 +214,8 @@ Deno.test("handleRequest() resolves after its request, also if that comes while 
       override accept() {
         return arriving.promise;
       }
-      override async close() {
-        await new Promise((resolve) => setTimeout(() => resolve(arriving.resolve(new FakeTcpConn())), delay));
+      override close() {
+        setTimeout(() => arriving.resolve(new FakeTcpConn()), delay);
       }
     }
     const server = new FakeServer(new Late([]), Slow);
