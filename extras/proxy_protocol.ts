@@ -246,11 +246,9 @@ function parseAddress(block: Uint8Array, family: number, transport: number, inde
   return { transport: isStream ? "tcp" : "udp", hostname: hostText(host), port: uint16At(block, 2 * (size + index)) };
 }
 
-/** An abstract name begins with `"\0"`; an unnamed socket has `""`. */
+/** Zeros fill the room behind it. An abstract name begins with `"\0"`; an unnamed socket has `""`. */
 function parsePath(bytes: Uint8Array): string {
-  const text = decoder.decode(bytes);
-  const end = text.indexOf("\0", 1);
-  return (end < 0 ? text : text.slice(0, end)).replace(/^\0$/, "");
+  return /^\0?[^\0]+/.exec(decoder.decode(bytes))?.[0] ?? "";
 }
 
 /** The vectors that fill `bytes`; `undefined` if they do not. */
