@@ -159,12 +159,10 @@ function parseText(bytes: Uint8Array): Parsed {
     const hint = bytes[0] === TLS_HANDSHAKE ? ", which is TLS: let the proxy send the header" : "";
     throw wrong(`the connection must begin with it, but begins with ${quoted(bytes)}${hint}`, "2.2");
   }
-  const end = text.search(/[\r\n]/);
-  const ending = end < 0 ? "" : text.slice(end, end + 2);
-  if (ending === "\r\n") return { header: parseLine(text.slice(0, end)), length: end + 2 };
-  if (ending !== "" && ending !== "\r") {
-    throw wrong(`its line ends with a single CR or LF: ${quoted(bytes.subarray(0, end + 2))}`, "2.1");
-  }
+  // A CR at the end may be half of an ending.
+  const [line = "", ending] = text.split(/(\n|\r[^])/, 2);
+  if (ending === "\r\n") return { header: parseLine(line), length: line.length + 2 };
+  if (ending !== undefined) throw wrong(`its line ends with a single CR or LF: ${quoted(bytes)}`, "2.1");
   if (text.length < MAX_LINE_BYTES) return undefined;
   throw wrong(`its line has more than ${MAX_LINE_BYTES} bytes: ${quoted(bytes)}`, "2.1");
 }
