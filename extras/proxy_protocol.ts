@@ -101,6 +101,7 @@ const TLS_HANDSHAKE = 0x16;
 const FIXED_BYTES = 16;
 
 /** PROXY 2.2: families, transports, and by family the bytes of one address, and of two with their ports. */
+const UNSPECIFIED = 0;
 const UNIX = 3;
 const STREAM = 1;
 const DATAGRAM = 2;
@@ -205,7 +206,7 @@ function parseBinary(bytes: Uint8Array): Parsed {
   if (bytes.length < FIXED_BYTES) return undefined;
   const length = FIXED_BYTES + uint16At(bytes, FIXED_BYTES - 2);
   if (length > MAX_HEADER_BYTES) throw wrong(`it announces ${length} bytes, over the limit of 4096`, "2.2");
-  if (hasAddresses(family, transport) && length < FIXED_BYTES + (BLOCK_BYTES[family] ?? 0)) {
+  if (transport !== UNSPECIFIED && length < FIXED_BYTES + (BLOCK_BYTES[family] ?? 0)) {
     throw wrong(`it announces ${length} bytes, too few for addresses of family ${family}`, "2.2");
   }
   if (bytes.length < length) return undefined;
@@ -214,18 +215,13 @@ function parseBinary(bytes: Uint8Array): Parsed {
   return { header, length };
 }
 
-/** Whether neither is "unspecified". */
-function hasAddresses(family: number, transport: number): boolean {
-  return family !== 0 && transport !== 0;
-}
-
 function uint16At(bytes: Uint8Array, at: number): number {
   return (bytes[at] ?? 0) << 8 | (bytes[at + 1] ?? 0);
 }
 
 function parseRest(header: Uint8Array, family: number, transport: number): ProxyHeader {
   const block = header.subarray(FIXED_BYTES);
-  const isAddressed = hasAddresses(family, transport);
+  const isAddressed = family !== UNSPECIFIED && transport !== UNSPECIFIED;
   const all = splitTlvs(block.subarray(BLOCK_BYTES[family]));
   if (all === undefined && isAddressed) throw wrong("its vectors do not end where it ends", "2.2");
   // "Unspecified" addresses may have any length: bytes that are not vectors belong to them.
