@@ -524,16 +524,12 @@ async function receiveHeader(conn: StreamConn, context: FilterContext): Promise<
 class ProxiedConn implements StreamConn {
   readonly localAddr: Deno.Addr;
   readonly remoteAddr: Deno.Addr;
-  readonly under: StreamConn;
-  readonly header: ProxyHeader;
   /** Came behind the header and is not read yet. */
   #first: Uint8Array | undefined;
 
-  constructor(under: StreamConn, header: ProxyHeader, first: Uint8Array) {
+  constructor(readonly under: StreamConn, readonly header: ProxyHeader, first: Uint8Array) {
     this.localAddr = header.destination ?? under.localAddr;
     this.remoteAddr = header.source ?? under.remoteAddr;
-    this.under = under;
-    this.header = header;
     if (first.length > 0) this.#first = first;
   }
 
