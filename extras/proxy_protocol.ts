@@ -341,13 +341,12 @@ function checkNames(options: object, names: string[]): void {
 }
 
 function encodeLine({ command, source, destination, tlvs = [] }: ProxyHeaderOptions): string {
-  if (command !== "LOCAL" && tlvs.length === 0) {
-    if (source === undefined || destination === undefined) return "PROXY UNKNOWN\r\n";
-    if (source.transport === "tcp" && destination.transport === "tcp") {
-      const hosts = encodeHosts(source, destination);
-      const protocol = hosts[0].length === 4 ? "TCP4" : "TCP6";
-      return `PROXY ${protocol} ${hosts.map(inetNtop).join(" ")} ${source.port} ${destination.port}\r\n`;
-    }
+  const isPlain = command !== "LOCAL" && tlvs.length === 0;
+  if (isPlain && source === undefined) return "PROXY UNKNOWN\r\n";
+  if (isPlain && source?.transport === "tcp" && destination?.transport === "tcp") {
+    const hosts = encodeHosts(source, destination);
+    const protocol = hosts[0].length === 4 ? "TCP4" : "TCP6";
+    return `PROXY ${protocol} ${hosts.map(inetNtop).join(" ")} ${source.port} ${destination.port}\r\n`;
   }
   throw new TypeError("A PROXY header of version 1 has two TCP addresses or none, and nothing else: take version 2");
 }
@@ -373,9 +372,7 @@ function uint16(value: number): [number, number] {
 function encodeTlv({ type, value }: ProxyTlv): number[] {
   const isType = isUint16(type) && type <= 0xff && type !== TYPE.checksum;
   if (isType) return [type, ...uint16(value.length), ...value];
-  throw new RangeError(
-    `The type of a vector is a whole number from 0 to 255, but not 3, the checksum: ${Deno.inspect(type)}`,
-  );
+  throw new RangeError(`The type of a vector is whole, from 0 to 255, but not 3, the checksum: ${Deno.inspect(type)}`);
 }
 
 function encodeAddresses(source: Deno.Addr, destination: Deno.Addr): [familyAndTransport: number, bytes: number[]] {
