@@ -121,8 +121,6 @@ const decoder = new TextDecoder();
 
 // --- Parsing ----------------------------------------------------------------
 
-type Parsed = { header: ProxyHeader; length: number } | undefined;
-
 /**
  * Parses a header of version 1 or 2, without I/O: call it with more bytes until it returns one. It is strict: version 1
  * has one spelling for everything but IPv6 addresses (inet_pton(3)), vectors fill their room exactly, a checksum must be
@@ -154,7 +152,7 @@ function quoted(bytes: Uint8Array): string {
   return `"${text}"${bytes.length > QUOTED_BYTES ? "..." : ""}`;
 }
 
-function parseText(bytes: Uint8Array): Parsed {
+function parseText(bytes: Uint8Array): ReturnType<typeof parseProxyHeader> {
   const text = String.fromCharCode(...bytes.subarray(0, MAX_LINE_BYTES));
   if (!LINE_STARTS.some((start) => start.startsWith(text.slice(0, start.length)))) {
     const hint = bytes[0] === TLS_HANDSHAKE ? ", which is TLS: let the proxy send the header" : "";
@@ -190,7 +188,7 @@ function parseLineAddress(size: 4 | 16, host = "", port = ""): Deno.NetAddr {
 }
 
 /** Checks each byte as soon as it is there: bytes that are still to come count as good ones. */
-function parseBinary(bytes: Uint8Array): Parsed {
+function parseBinary(bytes: Uint8Array): ReturnType<typeof parseProxyHeader> {
   if (bytes.subarray(0, SIGNATURE.length).some((byte, index) => byte !== SIGNATURE[index])) {
     throw wrong(`${quoted(bytes)} begins like the signature of version 2, but goes on differently`, "2.2");
   }
