@@ -568,8 +568,6 @@ export function proxyAddressOf(request: Pick<SocketStream, "under">): Deno.Addr 
   return proxiedConnOf(request)?.under.remoteAddr;
 }
 
-function proxiedConnOf({ under }: Pick<SocketStream, "under">): ProxiedConn | undefined {
-  let conn: StreamConn | undefined = under;
-  while (conn && !(conn instanceof ProxiedConn)) conn = conn.under;
-  return conn;
+function proxiedConnOf({ under }: Pick<SocketStream | StreamConn, "under">): ProxiedConn | undefined {
+  return under instanceof ProxiedConn ? under : under && proxiedConnOf(under);
 }
