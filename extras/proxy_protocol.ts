@@ -275,9 +275,8 @@ function textOf(tlvs: readonly ProxyTlv[], wanted: number): string | undefined {
 
 /** Throws if there is a checksum that is wrong. Sets it to 0 in `header`, as it was when the proxy took the sum. */
 function checkChecksum(header: Uint8Array, tlvs: ProxyTlv[]): void {
-  const [checksum, second] = tlvs.filter(({ type }) => type === TYPE.checksum);
-  if (checksum === undefined) return;
-  const { value } = checksum;
+  const [value, second] = tlvs.filter(({ type }) => type === TYPE.checksum).map(({ value }) => value);
+  if (value === undefined) return;
   if (value.length !== 4 || second !== undefined) throw wrong("it may have one checksum, of 4 bytes", "2.2.3");
   const found = new DataView(value.buffer, value.byteOffset).getUint32(0);
   value.fill(0);
