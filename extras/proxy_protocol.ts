@@ -332,9 +332,8 @@ export function encodeProxyHeader(options: ProxyHeaderOptions): Uint8Array<Array
 }
 
 function checkNames(options: object, names: string[]): void {
-  for (const name of Object.keys(options)) {
-    if (!names.includes(name)) throw new TypeError(`Unknown option "${name}": the options are ${names.join(", ")}`);
-  }
+  const unknown = Object.keys(options).find((name) => !names.includes(name));
+  if (unknown !== undefined) throw new TypeError(`Unknown option "${unknown}": the options are ${names.join(", ")}`);
 }
 
 function encodeLine({ command, source, destination, tlvs = [] }: ProxyHeaderOptions): string {
