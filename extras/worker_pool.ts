@@ -53,7 +53,6 @@ function textOf(thrown: unknown, isExhausted: boolean): string {
 // --- A worker, seen from the main thread --------------------------------------
 
 class WorkerThread {
-  readonly number: number;
   readonly serving = Promise.withResolvers<void>(); // Or over.
   readonly ended = Promise.withResolvers<void>();
   stats = NO_STATS;
@@ -68,8 +67,7 @@ class WorkerThread {
   #isOver = false;
 
   /** Starts the thread; calls `onStopping` when its server begins to shut down. */
-  constructor(number: number, module: string, name: string, onStopping: () => void) {
-    this.number = number;
+  constructor(readonly number: number, module: string, name: string, onStopping: () => void) {
     this.#onStopping = onStopping;
     this.#worker = new Worker(module, { type: "module", name });
     this.#worker.onmessage = ({ data: port }: MessageEvent<unknown>) => {
