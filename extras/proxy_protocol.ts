@@ -128,16 +128,6 @@ const decoder = new TextDecoder();
  *
  * @returns The header and its length in bytes; `undefined` if more bytes are needed. Bytes behind it are ignored.
  * @throws {Deno.errors.InvalidData} As soon as the bytes cannot begin a header; the message names the clause.
- *
- * @example
- * ```ts
- * import { parseProxyHeader } from "@socketserver/socketserver/proxy_protocol";
- * import { assertEquals } from "@std/assert";
- *
- * const parsed = parseProxyHeader(new TextEncoder().encode("PROXY TCP4 192.0.2.1 192.0.2.9 56324 443\r\nGET /"));
- * assertEquals(parsed?.header.source, { transport: "tcp", hostname: "192.0.2.1", port: 56324 });
- * assertEquals(parsed?.length, 42);
- * ```
  */
 export function parseProxyHeader(bytes: Uint8Array): { header: ProxyHeader; length: number } | undefined {
   return bytes[0] === SIGNATURE[0] ? parseBinary(bytes) : parseText(bytes);
