@@ -39,7 +39,7 @@ export interface ProxyTlv {
   readonly value: Uint8Array;
 }
 
-/** The TLS connection between client and proxy (PROXY 2.2.6). In its texts, U+FFFD replaces what is not UTF-8. */
+/** The TLS connection between client and proxy (PROXY 2.2.6). */
 export interface ProxyTls {
   /** Whether the client uses TLS. */
   readonly isTls: boolean;
@@ -451,7 +451,6 @@ export interface ProxyProtocolOptions {
   /**
    * `"refuse"` closes connections of other peers (`stats.refused`, `handleRefuse()`); `"direct"` serves them as they
    * are, and a header of theirs is the first that the handler reads.
-   *
    * @default {"refuse"}
    */
   readonly others?: "refuse" | "direct";
