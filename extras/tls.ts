@@ -344,7 +344,7 @@ function remember(admitted: Set<string>, fingerprint: string): void {
   if (admitted.size > MAX_ADMITTED) admitted.delete(oldest);
 }
 
-function describeSession(socket: NodeSocket, peer: Certificate | undefined, isTruncated: () => boolean): TlsSession {
+function describeSession(socket: NodeSocket, peer: Certificate | undefined): TlsSession {
   const serverName = "servername" in socket ? socket.servername : undefined;
   return {
     protocol: socket.getProtocol() ?? "",
@@ -352,9 +352,7 @@ function describeSession(socket: NodeSocket, peer: Certificate | undefined, isTr
     alpnProtocol: socket.alpnProtocol || undefined,
     serverName: typeof serverName === "string" && serverName !== "" ? serverName : undefined,
     peerCertificate: peer === undefined ? undefined : describeCertificate(socket, peer),
-    get truncated() {
-      return isTruncated();
-    },
+    truncated: false,
   };
 }
 
@@ -408,7 +406,7 @@ class TlsConn implements StreamConn {
   readonly localAddr: Deno.Addr;
   readonly remoteAddr: Deno.Addr;
   readonly under: StreamConn;
-  session: TlsSession | undefined;
+  session: TlsSession & { truncated: boolean } | undefined;
   readonly #transport: Duplex;
   /** Settles when the handshake is over. */
   readonly #secured = Promise.withResolvers<NodeSocket>();
@@ -424,7 +422,6 @@ class TlsConn implements StreamConn {
   #sending: Promise<void> | undefined;
   /** The peer's side is over, with or without a close_notify. */
   #hasEnded = false;
-  #isTruncated = false;
   /** Rejects with the first failure. */
   #failure: Promise<never> | undefined;
   #isClosed = false;
@@ -457,7 +454,7 @@ class TlsConn implements StreamConn {
       tls.#readOn();
       const socket = await tls.#secured.promise;
       await tls.#failure;
-      tls.session = describeSession(socket, judgePeer(socket, settings), () => tls.#isTruncated);
+      tls.session = describeSession(socket, judgePeer(socket, settings));
       return tls;
     } catch (error) {
       tls.#fail(error);
@@ -544,7 +541,7 @@ class TlsConn implements StreamConn {
   async #noteEnd(): Promise<void> {
     if (this.#socket === undefined) return this.#onFailure(new Deno.errors.UnexpectedEof("unexpected end of file"));
     await turn();
-    this.#isTruncated = !this.#hasEnded;
+    if (this.session !== undefined) this.session.truncated = !this.#hasEnded;
     this.#receive(null);
   }
 
