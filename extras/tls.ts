@@ -424,7 +424,6 @@ class TlsConn implements StreamConn {
   #hasEnded = false;
   /** Rejects with the first failure. */
   #failure: Promise<never> | undefined;
-  #isClosed = false;
 
   private constructor(conn: StreamConn) {
     this.localAddr = conn.localAddr;
@@ -494,8 +493,6 @@ class TlsConn implements StreamConn {
   }
 
   close(): void {
-    if (this.#isClosed) throw new Deno.errors.BadResource("Bad resource ID");
-    this.#isClosed = true;
     this.#fail(Object.assign(new Deno.errors.Interrupted("operation canceled"), { code: "EINTR" }));
     this.#socket?.end(); // A peer that takes it at once gets a close_notify.
     setImmediate(() => this.#drop());
