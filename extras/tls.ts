@@ -387,14 +387,6 @@ function turn(): Promise<void> {
   return new Promise((resolve) => void setImmediate(resolve));
 }
 
-function closeQuietly(conn: StreamConn): void {
-  try {
-    conn.close();
-  } catch {
-    // It is closed already.
-  }
-}
-
 /**
  * A connection with TLS over it. `close()` frees its descriptor whatever the peer does.
  *
@@ -405,7 +397,6 @@ function closeQuietly(conn: StreamConn): void {
 class TlsConn implements StreamConn {
   readonly localAddr: Deno.Addr;
   readonly remoteAddr: Deno.Addr;
-  readonly under: StreamConn;
   session: TlsSession & { truncated: boolean } | undefined;
   readonly #transport: Duplex;
   /** Settles when the handshake is over. */
@@ -425,10 +416,9 @@ class TlsConn implements StreamConn {
   /** Rejects with the first failure. */
   #failure: Promise<never> | undefined;
 
-  private constructor(conn: StreamConn) {
-    this.localAddr = conn.localAddr;
-    this.remoteAddr = conn.remoteAddr;
-    this.under = conn;
+  private constructor(readonly under: StreamConn) {
+    this.localAddr = under.localAddr;
+    this.remoteAddr = under.remoteAddr;
     const { Duplex } = process.getBuiltinModule("node:stream");
     const transport = new Duplex();
     this.#transport = Object.assign(transport, {
@@ -586,7 +576,11 @@ class TlsConn implements StreamConn {
   #drop(): void {
     this.#socket?.destroy();
     this.#transport.destroy();
-    closeQuietly(this.under);
+    try {
+      this.under.close();
+    } catch {
+      // It is closed already.
+    }
   }
 }
 
