@@ -732,15 +732,8 @@ export class NativeTlsServer extends TcpServer {
   }
 
   /** Opens the port for TLS. */
-  protected override openListener(
-    { hostname, port, tcpBacklog, reusePort }: {
-      hostname: string;
-      port: number;
-      tcpBacklog: number;
-      reusePort: boolean;
-    },
-  ): Deno.TlsListener {
-    return Deno.listenTls({ hostname, port, tcpBacklog, reusePort, ...this.#identity });
+  protected override openListener(address: Deno.TcpListenOptions): Deno.TlsListener {
+    return Deno.listenTls({ ...address, ...this.#identity });
   }
 }
 
