@@ -147,12 +147,6 @@ function attempt<T>(action: () => T, message: string): T {
 
 type Certificate = import("node:crypto").X509Certificate;
 
-/** Authorities that vouch for peers; `texts` are their `certificates` in PEM form. */
-interface Authorities {
-  readonly texts: string[];
-  readonly certificates: Certificate[];
-}
-
 /** Certificates between a peer's and an authority's; real chains have three at most. */
 const MAX_CHAIN_LENGTH = 8;
 
@@ -215,12 +209,12 @@ function tryToServe(identity: TlsCertificate): void {
   if (failures.length > 0) throw failures[0];
 }
 
-function readAuthorities(name: string, texts: string | string[] | undefined): Authorities | undefined {
+function readAuthorities(name: string, texts: string | string[] | undefined): Certificate[] | undefined {
   if (texts === undefined) return undefined;
   const certificates = [texts].flat().flatMap((text) => certificatesIn(name, text));
   // `node:tls` takes an empty list for no list at all.
   if (certificates.length === 0) throw invalid(`${name} holds no certificate; leave it out to have none`);
-  return { texts: certificates.map(String), certificates };
+  return certificates;
 }
 
 /** The certificates that the peer has sent, its own first. */
@@ -239,14 +233,14 @@ function chainOf(socket: NodeSocket): Certificate[] {
  * Whether one of `authorities` vouches for the first of `chain`. `node:tls` does not always check that (2.9.6): for a
  * server's certificate of version 1 or with an odd encoding it compares names and no signatures.
  */
-function isVouchedFor(chain: Certificate[], { certificates }: Authorities): boolean {
+function isVouchedFor(chain: Certificate[], authorities: Certificate[]): boolean {
   let current: Certificate | undefined = chain[0];
   for (let links = 0; current !== undefined && links < MAX_CHAIN_LENGTH; links++) {
     if (!isInForce(current)) return false;
     const issued: Certificate = current;
     const vouches = (authority: Certificate) =>
       authority.fingerprint256 === issued.fingerprint256 || hasIssued(authority, issued);
-    if (certificates.some(vouches)) return true;
+    if (authorities.some(vouches)) return true;
     current = chain.find((link) => link.ca && hasIssued(link, issued));
   }
   return false;
@@ -276,7 +270,8 @@ type Duplex = import("node:stream").Duplex;
 /** The checked options of one handshake. */
 interface Settings {
   readonly identity?: TlsCertificate | undefined;
-  readonly authorities?: Authorities | undefined;
+  /** Those that vouch for peers. */
+  readonly authorities?: Certificate[] | undefined;
   readonly alpnProtocols?: string[] | undefined;
   /** The name that the server must have; `undefined` on the server's side. */
   readonly serverName?: string;
@@ -293,7 +288,7 @@ function beginHandshake(
 ): void {
   const tls = process.getBuiltinModule("node:tls");
   // An environment variable could say otherwise of rejectUnauthorized.
-  const options = { ...identity, ca: authorities?.texts, ALPNProtocols: alpnProtocols, rejectUnauthorized: true };
+  const options = { ...identity, ca: authorities?.map(String), ALPNProtocols: alpnProtocols, rejectUnauthorized: true };
   if (serverName !== undefined) {
     const servername = inetPton(serverName) === undefined ? serverName : undefined;
     const socket = tls.connect({ ...options, socket: transport, host: serverName, servername });
