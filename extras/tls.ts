@@ -230,24 +230,16 @@ function chainOf(socket: NodeSocket): Certificate[] {
 }
 
 /**
- * Whether one of `authorities` vouches for the first of `chain`. `node:tls` does not always check that (2.9.6): for a
+ * Whether one of `authorities` vouches for the first of a chain. `node:tls` does not always check that (2.9.6): for a
  * server's certificate of version 1 or with an odd encoding it compares names and no signatures.
  */
-function isVouchedFor(chain: Certificate[], authorities: Certificate[]): boolean {
-  let current: Certificate | undefined = chain[0];
-  for (let links = 0; current !== undefined && links < MAX_CHAIN_LENGTH; links++) {
-    if (!isInForce(current)) return false;
-    const issued: Certificate = current;
-    const vouches = (authority: Certificate) =>
-      authority.fingerprint256 === issued.fingerprint256 || hasIssued(authority, issued);
-    if (authorities.some(vouches)) return true;
-    current = chain.find((link) => link.ca && hasIssued(link, issued));
-  }
-  return false;
-}
-
-function hasIssued(issuer: Certificate, certificate: Certificate): boolean {
-  return issuer !== certificate && certificate.checkIssued(issuer) && certificate.verify(issuer.publicKey);
+function isVouchedFor([first, ...others]: Certificate[], authorities: Certificate[]): boolean {
+  if (first === undefined || !isInForce(first)) return false;
+  const hasIssuedIt = (issuer: Certificate) => first.checkIssued(issuer) && first.verify(issuer.publicKey);
+  const isFirst = ({ fingerprint256 }: Certificate) => fingerprint256 === first.fingerprint256;
+  if (authorities.some((authority) => isFirst(authority) || hasIssuedIt(authority))) return true;
+  const next = others.find((link) => link.ca && hasIssuedIt(link)); // Peers may send them in any order.
+  return next !== undefined && isVouchedFor([next, ...others.filter((link) => link !== next)], authorities);
 }
 
 /** Whether a certificate is of version 3 (RFC 5280, 4.1) and now is within its validity. */
