@@ -168,11 +168,7 @@ function certificatesIn(name: string, text: string): Certificate[] {
   const blocks = pemBlocks(text, /^(X509 |TRUSTED )?CERTIFICATE$/);
   const found = attempt(() => blocks.map(parse), `${name} holds a damaged certificate; export it again`);
   if (found.length > 0) return found;
-  const isKey = name === "cert" && pemBlocks(text, /PRIVATE KEY$/).length > 0;
-  const advice = isKey
-    ? "it holds a key, so cert and key may be swapped"
-    : "give it the text of the certificate's file";
-  throw invalid(`${name} holds no certificate in PEM form; ${advice}`);
+  throw invalid(`${name} holds no certificate in PEM form; give it the text of a certificate's file, not of a key's`);
 }
 
 /** `certificate` with nothing in it that the runtime does not take; throws the reason if a server cannot use it. */
