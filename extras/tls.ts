@@ -619,11 +619,8 @@ export function tls(options: TlsOptions): TlsFilter {
 }
 
 /**
- * Makes the client's side of TLS, a filter for the `filters` of `connect()` and for `upgrade()`. It fails as that of
- * {@linkcode tls} does, and with `TypeError` if there is no name to check.
- *
- * @throws {Deno.errors.InvalidData} If a certificate or a key cannot be used.
- * @throws {TypeError} If an option does not exist.
+ * Makes the client's side of TLS, a filter for the `filters` of `connect()` and for `upgrade()`. It throws and fails
+ * as {@linkcode tls} does, and fails with `TypeError` if there is no name to check.
  *
  * @example A client with a certificate
  * ```ts
