@@ -410,7 +410,6 @@ class TlsConn implements StreamConn {
       write: (bytes: Uint8Array, done: () => void) => this.#send(bytes, done),
       destroy: () => transport.emit("close"),
     });
-    this.#secured.promise.catch(() => {}); // open() may fail before it waits.
   }
 
   /** Does a handshake over `conn`, and closes it if that fails or `signal` aborts. */
@@ -429,7 +428,6 @@ class TlsConn implements StreamConn {
       tls.session = describeSession(socket, judgePeer(socket, settings));
       return tls;
     } catch (error) {
-      tls.#fail(error);
       await turn(); // The alert that tells the peer why is on its way.
       tls.#drop();
       throw error;
