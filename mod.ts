@@ -51,9 +51,10 @@
  * | `handleError()` | server | is as the handler left it; runs only after an error |
  * | `handleClose()` | server | is closed |
  *
- * The samples' `@socketserver/socketserver` is this file: in your project write `./mod.ts`. Every `options` may be left
- * out. Units are milliseconds and bytes. Memory is bounded: a line and a frame by `limit`, buffered writes by
- * `highWaterMark`. A forgotten promise of a stream's method never ends the process.
+ * The samples' `@socketserver/socketserver` is this file: in your project write `./mod.ts`. The `options` of servers and
+ * streams may be left out. Units are milliseconds and bytes. `limit` bounds a line, a record and a frame,
+ * `highWaterMark` the writes of a caller that awaits them. A forgotten promise of a stream's method never ends the
+ * process.
  *
  * @module
  */
@@ -85,13 +86,13 @@ export class IncompleteReadError extends Error {
 /**
  * A line, a delimited record or a frame is longer than the limit; asyncio's `LimitOverrunError`.
  *
- * Nothing was consumed. The caller may answer and close, or skip `consumed` bytes with {@linkcode
- * SocketStream.readExactly}; the rest of the same line then follows.
+ * No byte is lost. The caller may answer and close, or skip `consumed` bytes with {@linkcode SocketStream.readExactly}:
+ * the rest of the line follows, or the content of the frame.
  */
 export class LimitOverrunError extends Error {
   /** The limit, in bytes. */
   readonly limit: number;
-  /** Bytes that may be skipped; they hold no delimiter. */
+  /** Bytes that may be skipped: they hold no delimiter, or are the length of a frame. */
   readonly consumed: number;
 
   /** Made by the stream. */
@@ -103,14 +104,14 @@ export class LimitOverrunError extends Error {
   }
 }
 
-/** Their objects are made of a message and a cause. */
+/** The runtime's classes of errors. A message and a cause make one; a program's own class may ask for something else. */
 const RUNTIME_CLASSES = [Error, TypeError, RangeError, URIError, ...Object.values<unknown>(Deno.errors)];
 
 /** The same class and `code` as `error`, under another message; a class of the program's own stays as it is. */
 function restate(error: unknown, message: string): Error {
   const code = errorCode(error);
   if (error instanceof Error && !RUNTIME_CLASSES.includes(error.constructor)) return error;
-  // The runtime asks a new connection for its peer, which a reset has taken away by then.
+  // ENOTCONN: the peer had reset a new connection before the runtime asked for its address.
   const Kind = code === "ENOTCONN" ? Deno.errors.ConnectionReset : error instanceof Error ? error.constructor : Error;
   const restated: Error = Reflect.construct(Kind, [message, { cause: error }]);
   return code === "" ? restated : Object.assign(restated, { code });
@@ -196,7 +197,7 @@ function printNotice(line: string): void {
 
 function ignore(): void {}
 
-/** The functions that filters want to be called at the end of their connection; afterwards, at once. */
+/** What filters have given to `onEnd()`. It runs when the connection ends; what is added later runs at once. */
 class Releases {
   #waiting: (() => void)[] | undefined;
   #isOver = false;
@@ -375,8 +376,8 @@ export interface DialOptions extends StreamOptions, Pick<ServerOptions, "noDelay
    */
   retries?: number | undefined;
   /**
-   * Whether the connection is encrypted, and how it is checked. The handshake is part of the try. A server that stalls
-   * in it keeps one descriptor for each try until it leaves: the runtime frees none before.
+   * Whether the connection is encrypted, and how it is checked. The handshake is part of the try. The runtime cannot
+   * end a handshake: a server that stalls in it keeps one descriptor for each try until it leaves.
    * @default {false}
    */
   tls?: boolean | ConnectTlsOptions | undefined;
@@ -425,7 +426,8 @@ const DATAGRAM_SERVER_DEFAULTS: Resolved<DatagramServerOptions> = { maxConcurren
 
 const FRAME_DEFAULTS: FrameFormat = { lengthBytes: 4, littleEndian: false };
 
-// The smallest number that an option may have, and whether it must be whole; all may be `Infinity`.
+// The smallest number that an option may have, and whether it must be whole. `Infinity` passes; an option with a largest
+// number is looked at by its class, too.
 const ABOVE_0 = { min: Number.MIN_VALUE, isWhole: false };
 const FROM_0 = { min: 0, isWhole: false };
 const WHOLE_FROM_0 = { min: 0, isWhole: true };
@@ -462,7 +464,7 @@ function resolveOptions<T extends object>(defaults: T, options: { [K in keyof T]
   return { ...defaults, ...Object.fromEntries(given) };
 }
 
-/** The resolved options of servers and dials, by themselves: they hold those of their streams, which need no check. */
+/** Options of servers and dials that are resolved already, each as its own key: their streams need no second check. */
 const resolvedStreamOptions = new WeakMap<StreamOptions, StreamSettings>();
 
 function resolveStreamOptions(options: StreamOptions): StreamSettings {
@@ -484,7 +486,7 @@ function checkNumber(name: string, value: unknown): void {
 }
 
 function checkFilters(filters: unknown): void {
-  if (Array.isArray(filters) && [...filters].every((filter) => typeof filter === "function")) return; // Nor a hole.
+  if (Array.isArray(filters) && [...filters].every((filter) => typeof filter === "function")) return; // Holes, too.
   throw wrongType('Option "filters" must be an array of functions', filters);
 }
 
@@ -497,13 +499,13 @@ function checkPort(port: unknown): void {
   throw new RangeError(`Port must be a whole number from 0 to 65535: it is ${Deno.inspect(port)}`);
 }
 
-/** Python's servers take a pair. */
+/** Refuses a pair, too, which Python's servers take. */
 function checkAddress(address: unknown): void {
   if (typeof address === "object" && address !== null && !Array.isArray(address)) return;
   throw wrongType('Address must be an object such as { hostname: "127.0.0.1", port: 8009 }', address);
 }
 
-/** Python's handlers may be functions. */
+/** Refuses a plain function, too, which Python's servers take. */
 function checkHandler(Handler: unknown): void {
   if (typeof Handler === "function" && typeof Handler.prototype?.handle === "function") return;
   throw wrongType("Handler must be a class with a method handle()", Handler);
@@ -648,7 +650,7 @@ function openingError(what: string, address: Deno.Addr, error: unknown): Error {
 
 // --- Faults of the runtime --------------------------------------------------
 
-// Each was seen in Deno 2.9.6 on Linux. A workaround can go when its probe behaves without it.
+// Each was seen in Deno 2.9.6 on Linux, as its comment says. A workaround can go when the fault has gone.
 
 /** Errors that have no `code`, by the number in their message. Seen with `strace -e inject=accept4:error=ENFILE`. */
 const CODES_BY_NUMBER = new Map([
@@ -771,7 +773,8 @@ const MAX_LOOKING = 0.05;
 
 /**
  * One timer for the deadlines of all streams. A timer for each read costs a fifth of the throughput, and reading the
- * clock 1.5 % (79 ns). So nothing is noted when a wait begins: the first look after that starts its time.
+ * clock 1.5 % (79 ns). Instead it looks at all watched streams now and then, and compares their counts with those of the
+ * look before. A wait that begins notes nothing: its time starts at the first look that finds it.
  */
 class DeadlineTimer {
   readonly #watched = new Set<Transport>();
@@ -815,7 +818,7 @@ class DeadlineTimer {
 
 const deadlines = new DeadlineTimer();
 
-/** How long a count has not changed, as far as looks can tell: never longer than it is. */
+/** How long a count was seen unchanged, which is never longer than the true time. */
 class Standstill {
   #seenAt: number | undefined;
   #count = 0;
@@ -859,7 +862,10 @@ async function settlesWithin(promise: Promise<unknown>, ms: number, signal?: Abo
   return settlement.aborted;
 }
 
-/** A wait that is over must leave nothing at a promise that is waited for again and again: these can forget it. */
+/**
+ * For each promise that is waited for. Nothing can be taken back from a promise, but a listener from a signal: so waits
+ * for one promise, again and again, leave nothing at it.
+ */
 const settlements = new WeakMap<Promise<unknown>, AbortSignal>();
 
 /** A signal that aborts when `promise` settles. */
@@ -874,8 +880,8 @@ function settlementOf(promise: Promise<unknown>): AbortSignal {
 }
 
 /**
- * Settles as `promise` does, but rejects as soon as `controller` aborts, with its reason. It aborts after `ms`, with a
- * message that begins with `what`.
+ * Settles as `promise` does, but rejects as soon as `controller` aborts, with its reason. Aborts it after `ms`, with
+ * `TimedOut` and a message that begins with `what`.
  */
 async function inTime<T>(promise: Promise<T>, ms: number, what: string, controller: AbortController): Promise<T> {
   const isOver = await settlesWithin(promise, ms, controller.signal) || controller.signal.aborted;
@@ -903,7 +909,7 @@ const STALL_MS = 1;
  *
  * The runtime completes 128 operations in a turn and wakes the other ready ones in reverse order, so a connection that
  * reads again at once overtakes those that wait: of 1,000 busy ones some get one answer in four seconds and others two
- * thousand. Therefore streams queue up here once a turn has been full. As many go on as were served, so the budget
+ * thousand. Therefore streams queue up here once a turn has been full. Few more go on than were served, so the budget
  * always has room for accepting and for datagrams.
  *
  * A stream's first read, and a read that really had to wait, skip the queue. With fewer streams than the budget nobody
@@ -1037,7 +1043,7 @@ class Input {
     const isUsedUp = isShared && left - length < Math.max(this.#lastCount, MIN_ROOM_BYTES);
     if (isUsedUp) this.#wanted = Math.max(this.#wanted, BUSY_BUFFER_BYTES);
     const isMisfit = length === 0 && (this.#size > this.#wanted || (!isShared && left < this.#wanted));
-    // A handler may have transferred the buffer of a chunk to a worker; then nothing is left in it.
+    // No part can be made of a buffer that a handler has transferred with a chunk; nothing is unread then.
     const unread = length === 0 ? NO_BYTES : this.#bytes.subarray(this.#start, this.#end);
     if (isUsedUp || isMisfit || length > left - length) {
       // Memory stays within twice of what the peer really sent, whatever length it announced.
@@ -1082,9 +1088,8 @@ class Input {
   take(count: number, skipped = 0): Uint8Array<ArrayBuffer> {
     const from = this.#start + skipped;
     const to = this.#start = from + count;
-    // Not even a part of no bytes may belong to two callers: one of them may transfer its buffer.
-    const isSmall = this.#size > BUSY_BUFFER_BYTES && count * MAX_RETENTION < this.#size;
-    if (count === 0 || isSmall) return this.#bytes.slice(from, to);
+    if (count === 0) return new Uint8Array(0); // Of its own, as each chunk's buffer may be transferred.
+    if (this.#size > BUSY_BUFFER_BYTES && count * MAX_RETENTION < this.#size) return this.#bytes.slice(from, to);
     this.#ours = to;
     return this.#bytes.subarray(from, to);
   }
@@ -1095,6 +1100,7 @@ class Input {
     this.directCount = 0;
     if (direct > 0) return direct;
     const count = Math.min(into.length, this.length);
+    if (count === 0) return 0;
     into.set(this.#bytes.subarray(this.#start, this.#start + count));
     this.#start += count;
     return count;
@@ -1118,7 +1124,7 @@ class Input {
     return this.#text.slice(from, end);
   }
 
-  /** Decodes the lines of which the first ends at `index`, if they are short, several and ASCII. */
+  /** Decodes the lines of which the first ends at `index`, if they are short, several, and one character a byte. */
   decodeLines(index: number): void {
     if (index >= TEXT_BYTES / 2 || index + 1 === this.length) return;
     const window = this.#bytes.subarray(this.#start, Math.min(this.#start + TEXT_BYTES, this.#end));
@@ -1147,6 +1153,7 @@ class Input {
 
   /** A copy of the first bytes, `count` at most. */
   peek(count: number): Uint8Array<ArrayBuffer> {
+    if (this.length === 0) return new Uint8Array(0); // The buffer may have been transferred with a chunk.
     return this.#bytes.slice(this.#start, Math.min(this.#start + count, this.#end));
   }
 }
@@ -1294,9 +1301,9 @@ interface SendWaiter extends PromiseWithResolvers<void> {
 }
 
 /**
- * The bytes that a stream sends. Positions tell all about them: `#taken` bytes were accepted, the kernel has `sent` of
- * them. One write is under way at a time, so nothing interleaves. What waits is first the queue, then the block, then
- * the text.
+ * The bytes that a stream sends. Positions tell about them: `#taken` bytes were accepted, the kernel has `sent` of them;
+ * text counts once it is encoded. One write is under way at a time, so nothing interleaves. What waits is first the
+ * queue, then the block, then the text.
  */
 class Output {
   #taken = 0;
@@ -1496,7 +1503,7 @@ class Output {
     return bytes;
   }
 
-  /** The promise of a lone `send()` is the very one of its write. */
+  /** Gives the promise of the write itself, so that a lone `send()` makes no other. */
   #startWriting(bytes: Uint8Array): Promise<void> {
     this.#writing = DONE; // A connection of the caller's own may send from inside its write().
     this.#writing = this.#write(bytes);
@@ -1584,7 +1591,7 @@ type PendingCall = Omit<WaitingRead<unknown, unknown>, "promise" | "take" | "arg
 
 /** The deadlines of a stream that has any. */
 class Watch {
-  /** For `maxLifetime`, with which the watch is made as the stream is. */
+  /** For `maxLifetime`: with that option the watch is made when the stream is. */
   readonly openedAt = performance.now();
   readonly traffic = new Standstill();
   readonly output = new Standstill();
@@ -1617,7 +1624,7 @@ class Transport {
   #timeout: number | undefined;
   #watch: Watch | undefined;
   #pending: PendingCall | undefined;
-  /** Whether a `conn.read()` is under way. It cannot be cancelled, so it may outlive its reader. */
+  /** Whether a `conn.read()` waits for its turn or is under way. It cannot be cancelled: it may outlive its reader. */
   #isFilling = false;
   /** The caller's array that `conn.read()` fills. */
   #direct: Uint8Array | undefined;
@@ -1627,7 +1634,7 @@ class Transport {
   /** Errors that reads have rejected with, to tell a vanished peer from a handler's own trouble. */
   #raised: WeakSet<object> | undefined;
   #lingering: Promise<void> | undefined;
-  /** The server drains: a wait for a new message reads the end; when it is late, also if an answer is owed. */
+  /** The server drains: a wait for a new message reads the end, `"soon"` unless an answer is owed, `"late"` always. */
   #draining: "no" | "soon" | "late" = "no";
   #releases: Releases | undefined;
 
@@ -1775,8 +1782,8 @@ class Transport {
     return error;
   }
 
-  /** What a call that writes `data` rejects with at once; if nothing, its time begins. */
-  writeRefusal(call: string, data: unknown): Promise<never> | undefined {
+  /** Begins a call that writes: the peer has its answer, and the time runs. Gives a rejection if it is refused. */
+  beginWrite(call: string, data: unknown): Promise<never> | undefined {
     const refusal = this.#isClosed ? this.#closedError() : checkData(call, data) ?? this.output.refusal(call);
     if (refusal !== undefined) return rejection(refusal);
     this.#answered = this.bytesRead - this.#input.length;
@@ -1784,8 +1791,8 @@ class Transport {
     return undefined;
   }
 
-  /** The same for a call that sends what was written. */
-  flushRefusal(): Promise<never> | undefined {
+  /** The same for a call that only sends what was written. */
+  beginFlush(): Promise<never> | undefined {
     if (this.#isClosed) return rejection(this.#closedError());
     this.#watchFor(this.timeout);
     return undefined;
@@ -2031,8 +2038,9 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
 
   /**
    * Reads what has arrived, or waits until something does. Resolves to 1 to `maxBytes` (default `Infinity`) bytes,
-   * which are the caller's, and to `null` at the end of the stream. Name a number, as in `recv(1024)`, if so much
-   * should come in one piece. To transfer the bytes to a worker, take a `slice()`: their buffer may hold more.
+   * which are the caller's, and to `null` at the end of the stream. A number, as in `recv(1024)`, also makes room for so
+   * much (32 KiB at most), so that it can come in one piece. To transfer the bytes to a worker, take a `slice()`: their
+   * buffer may hold more.
    */
   recv(maxBytes: number = Infinity): Promise<Uint8Array<ArrayBuffer> | null> {
     if (!(maxBytes >= 1 && (Number.isInteger(maxBytes) || maxBytes === Infinity))) {
@@ -2067,10 +2075,10 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
   }
 
   /**
-   * Reads a record up to and with its delimiter: bytes, or text as UTF-8, not empty. Of several delimiters the one that
-   * ends first counts, as in asyncio's `readuntil`. Resolves to `null` if the stream ends between two records. Rejects
-   * with {@linkcode IncompleteReadError} if it ends inside one, and with {@linkcode LimitOverrunError} if `limit` bytes
-   * hold no delimiter.
+   * Reads a record up to and with its delimiter. That is bytes, or text as UTF-8, and not empty. Of several delimiters
+   * the one that ends first counts, as in asyncio's `readuntil`. Resolves to `null` if the stream ends between two
+   * records. Rejects with {@linkcode IncompleteReadError} if it ends inside one, and with {@linkcode LimitOverrunError}
+   * if more than `limit` bytes come before a delimiter.
    *
    * @example
    * ```ts
@@ -2161,12 +2169,12 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    */
   write(data: Uint8Array | string): Promise<void> {
     const { output, settings } = this.#transport;
-    return this.#transport.writeRefusal("write()", data) ?? output.write(data, settings.highWaterMark);
+    return this.#transport.beginWrite("write()", data) ?? output.write(data, settings.highWaterMark);
   }
 
   /** Sends what `write()` has buffered; resolves once the kernel has all of it. */
   flush(): Promise<void> {
-    return this.#transport.flushRefusal() ?? this.#transport.output.flush();
+    return this.#transport.beginFlush() ?? this.#transport.output.flush();
   }
 
   /**
@@ -2174,7 +2182,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * then.
    */
   send(data: Uint8Array | string): Promise<void> {
-    return this.#transport.writeRefusal("send()", data) ?? this.#transport.output.send(data);
+    return this.#transport.beginWrite("send()", data) ?? this.#transport.output.send(data);
   }
 
   /**
@@ -2199,7 +2207,7 @@ export class SocketStream implements AsyncIterable<Uint8Array<ArrayBuffer>>, Dis
    * has everything; a second call resolves too.
    */
   closeWrite(): Promise<void> {
-    return this.#transport.flushRefusal() ?? this.#transport.output.closeWrite();
+    return this.#transport.beginFlush() ?? this.#transport.output.closeWrite();
   }
 
   /**
@@ -2400,7 +2408,7 @@ class Passage implements FilterContext {
 /** Runs `filters` in order; gives `false` if one refuses, and a promise only if one of them does. */
 function runFilters(filters: readonly ConnectionFilter[], passage: Passage): boolean | Promise<boolean> {
   if (filters.length === 0) return true;
-  const [filter = () => null, ...others] = filters; // Whatever was put in there must not let everyone in.
+  const [filter = () => null, ...others] = filters; // The array may have a hole by now, which must let nobody in.
   const goOn = (conn: StreamConn | null) => passOn(passage, conn) && runFilters(others, passage);
   const next = filter(passage.conn, passage);
   return isThenable(next) ? Promise.resolve(next).then(goOn) : goOn(next);
@@ -2419,7 +2427,7 @@ function passOn(passage: Passage, conn: StreamConn | null): boolean {
 
 /**
  * Makes a filter that refuses a connection of a host that has `limit` (whole, 1 or more) open ones already; {@linkcode
- * hostOf} says what one host is. Behind a proxy filter it counts clients, before it proxies. Clients without a host
+ * hostOf} says what one host is. Behind a proxy filter it counts clients, in front of it proxies. Clients without a host
  * pass.
  */
 export function perHost(limit: number): ConnectionFilter {
@@ -2594,7 +2602,7 @@ type PeerAddress = Deno.NetAddr | Deno.UnixAddr;
  * Opens a connection to `{ hostname, port }` or `{ path }`. Resolves to the open stream, which is the caller's to
  * close. Rejects with the class and `code` of the last try's error, such as `Deno.errors.ConnectionRefused` or
  * `Deno.errors.TimedOut`; the message says what was dialled, why it failed and after how many tries. A missing
- * permission, a wrong option and a failed TLS handshake are not tried again.
+ * permission, a wrong option and a handshake that TLS itself fails, such as by a bad certificate, are not tried again.
  *
  * @example
  * ```ts
@@ -2662,7 +2670,7 @@ async function dial(
   }
 }
 
-/** Dials, and runs the filters and the TLS handshake. The abort of `signal` closes the connection, also a late one. */
+/** Dials, and runs the filters and the TLS handshake. `signal` closes the connection, also one that opens after it. */
 async function open(address: PeerAddress, settings: DialSettings, signal: AbortSignal): Promise<Passage> {
   const conn = await dialConn(address, settings.noDelay, signal);
   const passage = new Passage(conn, signal, new Releases(), "hostname" in address ? address.hostname : undefined);
@@ -2717,7 +2725,7 @@ function isTcpConn(conn: StreamConn): conn is StreamConn & Deno.TcpConn {
   return "setNoDelay" in conn && "setKeepAlive" in conn;
 }
 
-/** A missing permission, a wrong option, and a failed handshake do not go away. */
+/** A missing permission, a wrong option, and a bad certificate do not go away. */
 function isWorthRetrying(error: unknown): boolean {
   const isFinal = error instanceof Deno.errors.NotCapable || error instanceof Deno.errors.InvalidData ||
     error instanceof TypeError || error instanceof RangeError || error instanceof URIError;
@@ -2766,8 +2774,9 @@ export abstract class BaseRequestHandler<Request, Server extends { readonly sign
   }
 
   /**
-   * Aborts when the server begins to shut down, or cuts the connection; the handler should then end. It is this
-   * request's own, so its listeners end with it.
+   * Aborts with the server's `signal` during a shutdown, or when the server cuts the connection; the handler should then
+   * end. An abort's reason that it lets through is no error. The signal is this request's own: its listeners end with
+   * it.
    */
   get signal(): AbortSignal {
     return signalOf(this.request) ?? this.server.signal;
@@ -2868,8 +2877,8 @@ const PEER_CODES = new Set([
 const OVERLOAD_CODES = new Set(["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"]);
 
 /**
- * Classifies an error of `Deno.Listener.accept` by its `code` and not by its class: `EMFILE` is a plain `Error`. It
- * never reads `stack`, which opens a file.
+ * Classifies an error of `Deno.Listener.accept` by its `code` if it has one, as `EMFILE` is a plain `Error`, and else by
+ * its class. It never reads `stack`, which opens a file.
  */
 export function acceptFailure(error: unknown): AcceptFailure {
   const code = errorCode(error);
@@ -2892,7 +2901,7 @@ const BACKLOG_LOOKS = 5;
 /** The time between two of these looks. */
 const BACKLOG_LOOK_MS = 10;
 
-/** Milliseconds of waiting for the backlog after which a connection has come too late, such as under a steady load. */
+/** Milliseconds that a shutdown waits for the backlog at most: under a steady load it is never quiet. */
 const BACKLOG_PATIENCE_MS = 500;
 
 /**
@@ -2970,8 +2979,8 @@ class Acceptor<Arrival> implements AsyncIterableIterator<Arrival, undefined> {
     return this;
   }
 
-  /** Resolves when the kernel has nothing more to give: it cannot be asked, only watched. */
-  async quiet(): Promise<void> {
+  /** Resolves when nothing has come for some looks, as the kernel cannot be asked, or when patience is over. */
+  async untilQuiet(): Promise<void> {
     this.#stopping.abort();
     let patience = BACKLOG_PATIENCE_MS;
     for (let looks = 0; looks < BACKLOG_LOOKS && patience > 0 && !this.#isOver;) {
@@ -3020,10 +3029,10 @@ class Acceptor<Arrival> implements AsyncIterableIterator<Arrival, undefined> {
     this.#count++;
   };
 
-  /** Rides an error out, if that is possible; throws one that is fatal. */
+  /** Rides an error out, if that is possible; throws one that is fatal. Resolves to whether accepting is over. */
   async #isOverAfter(error: unknown): Promise<boolean> {
     const failure = acceptFailure(error);
-    if (failure === "peer") this.onLost();
+    if (failure === "peer" && !this.#isOver) this.onLost(); // A closed datagram socket rejects with EINTR.
     if (failure === "overload") {
       this.onOverload(error);
       await this.#waitOut();
@@ -3074,7 +3083,7 @@ abstract class Session<Request extends Traffic> {
   releases: Releases | undefined;
   #controller: AbortController | undefined;
 
-  /** Its arrival, in the time of `performance.now()`. */
+  /** Its arrival, in the time of `performance.now()`; 0 for a datagram. */
   constructor(readonly since: number) {}
 
   abstract get clientAddress(): Deno.Addr;
@@ -3173,10 +3182,13 @@ class StreamSession extends Session<SocketStream> {
 /** How often a shutdown looks for clients that it can end: long enough to read bytes that have arrived already. */
 const DRAIN_LOOK_MS = 50;
 
-/** Milliseconds that a newly accepted client has to send its first bytes during a shutdown. */
-const DRAIN_FIRST_WORD_MS = 500;
+/**
+ * Milliseconds after which a shutdown also ends clients that have not spoken or are owed an answer, and cuts those in
+ * their filters.
+ */
+const DRAIN_LATE_MS = 500;
 
-/** Milliseconds that the backlog has to be served before the signals abort all the same. */
+/** Milliseconds after which the signals abort although the backlog is not served. */
 const ABORT_AFTER_MS = 500;
 
 /** Milliseconds that handlers which were cut off have to run their `finish()`. */
@@ -3187,7 +3199,7 @@ const SERVICE_INTERVAL_MS = 500;
 
 /** The work of a server so far. All are counts since it was made, except `active`. */
 export interface ServerStats extends Traffic {
-  /** Connections that were accepted and datagrams that were received, however they ended. */
+  /** Connections that were accepted and datagrams that were taken in, however they ended. */
   readonly accepted: number;
   /** Requests that are being served now, and connections in their filters. */
   readonly active: number;
@@ -3205,7 +3217,7 @@ export interface ServerStats extends Traffic {
   readonly refused: number;
   /** Connections whose filter threw or took too long, such as a TLS handshake. */
   readonly handshakeFailures: number;
-  /** Datagrams that came while `maxConcurrent` were served. */
+  /** Datagrams that came while `maxConcurrent` were served, or late in a shutdown. */
   readonly dropped: number;
   /** Times that the system ran out of descriptors or memory. */
   readonly overloads: number;
@@ -3256,13 +3268,13 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   implements AsyncDisposable {
   readonly #grace: number;
   readonly #maxSessions: number;
-  /** For datagrams: handlers answer by the listener until they are done, and what is too much is dropped. */
+  /** For datagrams: handlers reply by the listener, so it stays open for them, and what is too much is dropped. */
   readonly #keepsListener: boolean;
   readonly #controller = new AbortController();
   /** In no order, as each session knows its index: a map costs a tenth of the datagrams' rate. */
   readonly #sessions: Session<Request>[] = [];
   readonly #cutOff: Deno.Addr[] = [];
-  /** Those of outcomes have their names. */
+  /** A counter of an outcome has the outcome's name. */
   readonly #counts = {
     accepted: 0,
     rejected: 0,
@@ -3299,10 +3311,10 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   /**
-   * Binds the address and returns it, with the real port for port 0. Clients can connect; `serveForever()` and
-   * `handleRequest()`, which call it by themselves, serve them. A second call returns the same. Throws, or rejects
-   * with, `Deno.errors.AddrInUse`, `Deno.errors.NotCapable` without the permission, `TypeError` if the server is
-   * closed.
+   * Binds the address and returns it, with the real port for port 0. From then on clients can connect, and wait until
+   * `serveForever()` or `handleRequest()` serves them; these call it if nobody has. A second call returns the same.
+   * Throws, or rejects with, `Deno.errors.AddrInUse`, `Deno.errors.NotCapable` without the permission, `TypeError` if
+   * the server is closed.
    */
   abstract listen(): Address | Promise<Address>;
 
@@ -3338,8 +3350,8 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   /**
    * Serves until {@linkcode BaseServer.shutdown} or {@linkcode BaseServer.close}.
    *
-   * @param options The abort of `signal` is a call of `shutdown()`.
-   * @returns Resolves once the shutdown is over; at once if it was before. Rejects with the error of `listen()`, after
+   * @param options When `signal` aborts, `shutdown()` is called.
+   * @returns Resolves once the shutdown is over; at once if it is already. Rejects with the error of `listen()`, after
    * which it may be called again; with `Deno.errors.Busy` if the server serves already; and with an error of accepting
    * that cannot be waited out, which closes the server.
    */
@@ -3371,7 +3383,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
     const isLate = await this.#serveBy("handleRequest()", async (acceptor) => {
       if (!await settlesWithin(acceptor.arrival(), timeout)) return true;
       const { value: arrival } = await acceptor.next();
-      if (arrival === undefined) return void await this.#shuttingDown; // Which serves what came at that moment.
+      if (arrival === undefined) return void await this.#shuttingDown; // It serves what has come at that moment.
       const served = Promise.resolve(this.#serve(arrival));
       await delay(Infinity, settlementOf(served), this.#ended.signal);
     });
@@ -3384,7 +3396,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    * 1. It accepts the clients that wait in the kernel's backlog, and then no more.
    * 2. `signal` aborts.
    * 3. Handlers finish what they have begun. A read that would wait for a new message reads the end of the stream.
-   *    Clients that have just connected get half a second to say their first word.
+   *    Clients that have just connected get half a second to pass the filters and to say their first word.
    * 4. After `grace` the rest are cut off; their `finish()` has 200 ms.
    *
    * It may be called before the start, and again: it is the same shutdown, with the first call's `grace` (default: the
@@ -3467,8 +3479,8 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   serviceActions(): void | Promise<void> {}
 
   /**
-   * Runs when descriptors or memory have run out, once per shortage; 5 s without one end it. Clients wait in the
-   * backlog meanwhile. The default prints one line. Do not read the error's `stack`, which opens a file.
+   * Runs when descriptors or memory have run out, once per shortage; it is over after 5 s without such an error. Clients
+   * wait in the backlog meanwhile. The default prints one line. Do not read the error's `stack`, which opens a file.
    */
   handleOverload(error: unknown): void | Promise<void> {
     const where = this.#address === undefined ? "" : ` on ${formatAddress(this.#address)}`;
@@ -3649,7 +3661,9 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   async #report(error: unknown, session: Session<Request>): Promise<void> {
-    const outcome = session.outcomeOf(error);
+    const { signal } = session.controller;
+    const isEcho = signal.aborted && error === signal.reason; // The handler has let it through.
+    const outcome = isEcho ? undefined : session.outcomeOf(error);
     if (outcome === undefined) return;
     this.#counts[outcome]++;
     if (!session.isCut) session.outcome = outcome;
@@ -3723,7 +3737,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
 
   /** Serves the backlog, and what a `handleRequest()` has waited for in vain; resolves when the address is free. */
   async #stopAccepting(): Promise<void> {
-    if (this.#serving === "serveForever()") await this.#acceptor?.quiet();
+    if (this.#serving === "serveForever()") await this.#acceptor?.untilQuiet();
     if (this.#keepsListener) await this.#idle();
     await this.#acceptor?.close();
     const arrival = this.#acceptor?.take();
@@ -3745,7 +3759,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
       reads = turnstile.reads;
       const now = performance.now();
       for (const session of [...this.#sessions]) {
-        const isLate = now - Math.max(session.since, begun) >= DRAIN_FIRST_WORD_MS;
+        const isLate = now - Math.max(session.since, begun) >= DRAIN_LATE_MS;
         if (session.request === undefined && isLate) this.#cut(session);
         else if (isLate || !isBusy) session.drain(isLate);
       }
@@ -3807,7 +3821,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
   extends BaseServer<SocketStream, Address, StreamConn> {
   readonly #Handler: StreamRequestHandlerClass;
   readonly #settings: ServerSettings;
-  /** The stream that `getRequest()` made last; an override may throw with it in its hands. */
+  /** The stream that `getRequest()` made last, to be closed if an override of it then throws. */
   #made: SocketStream | undefined;
 
   /** Keeps the options; nothing is opened. */
@@ -3846,7 +3860,7 @@ export abstract class StreamServer<Address extends Deno.Addr = Deno.Addr>
 
   /**
    * Runs at the end of each connection that became a stream; the handler is done, unless it was cut off. `request` is
-   * closed: ask it for what TLS or a proxy said of the client. Nothing waits for the hook's promise.
+   * closed, but still knows what TLS or a proxy has said of the client. Nothing waits for the hook's promise.
    *
    * @example An access log
    * ```ts
@@ -4120,7 +4134,7 @@ function isSameFile(file: Deno.FileInfo | undefined, other: Deno.FileInfo | unde
     file.birthtime?.getTime() === other.birthtime?.getTime();
 }
 
-/** A listener with a socket file, which goes with it; another server's that is there by then stays. */
+/** A listener that removes its socket file when it closes, unless the file is another server's by then. */
 class FileListener<Arrival> implements Listener<Arrival> {
   #accepting: Promise<Arrival> | undefined;
 
@@ -4133,7 +4147,9 @@ class FileListener<Arrival> implements Listener<Arrival> {
   /** Never rejects. */
   close(): Promise<void> {
     const { path } = this.file;
-    const closed = this.#close().finally(() => unbinding.delete(path));
+    const closed = this.#close().finally(() => {
+      if (unbinding.get(path) === closed) unbinding.delete(path);
+    });
     unbinding.set(path, closed);
     return closed;
   }
@@ -4144,22 +4160,22 @@ class FileListener<Arrival> implements Listener<Arrival> {
     const present = made && fileAt(path);
     const isOthers = present !== undefined && !isSameFile(present, made);
     const aside = `${path}.${crypto.randomUUID()}`;
-    const isKept = isOthers && this.#tidyUp(() => linkQuietly(path, aside));
+    const isKept = isOthers && tidyUp(path, () => linkQuietly(path, aside));
     closeQuietly(this.listener);
     await this.#accepting?.catch(ignore); // The file goes once it has let go of the socket.
-    if (isKept) this.#tidyUp(() => restoreLink(aside, path));
-    else if (isSameFile(fileAt(path), made)) this.#tidyUp(() => Deno.removeSync(path));
+    if (isKept) tidyUp(path, () => restoreLink(aside, path));
+    else if (isSameFile(fileAt(path), made)) tidyUp(path, () => Deno.removeSync(path));
   }
+}
 
-  /** Whether it could be done. */
-  #tidyUp(action: () => void): boolean {
-    try {
-      action();
-      return true;
-    } catch (error) {
-      print(`Cannot tidy up the socket file ${printable(this.file.path)}: ${messageOf(error)}`);
-      return false;
-    }
+/** Whether it could be done. */
+function tidyUp(path: string, action: () => void): boolean {
+  try {
+    action();
+    return true;
+  } catch (error) {
+    print(`Cannot tidy up the socket file ${printable(path)}: ${messageOf(error)}`);
+    return false;
   }
 }
 
@@ -4578,9 +4594,9 @@ interface OpenClient {
 }
 
 /**
- * The other end of a {@linkcode DatagramServer}: it sends to one server, and takes datagrams from that one only. The
- * first call opens the socket. It needs `--unstable-net`. Over a Unix socket the runtime cannot send while a `recv()`
- * waits.
+ * The other end of a {@linkcode DatagramServer}: it sends to one server, and takes datagrams from that one only; over a
+ * Unix socket also from senders without a path, as the server's replies come from one. The first call opens the socket.
+ * It needs `--unstable-net`. Over a Unix socket the runtime cannot send while a `recv()` waits.
  *
  * @example
  * ```ts
@@ -4683,7 +4699,7 @@ export class DatagramClient implements Disposable {
     if (this.#opened === undefined) return;
     closeQuietly(this.#opened.socket);
     const { localPath } = this.#settings;
-    if (isSameFile(fileAt(localPath), this.#opened.file)) Deno.removeSync(localPath);
+    if (isSameFile(fileAt(localPath), this.#opened.file)) tidyUp(localPath, () => Deno.removeSync(localPath));
   }
 
   /** Closes the socket. */
@@ -4730,6 +4746,6 @@ function isSameSender(from: Deno.Addr, server: PeerAddress): boolean {
   if ("path" in server) return !("path" in from && from.path) || from.path === server.path;
   if (!("hostname" in from) || from.port !== server.port) return false;
   const [expected, actual] = [hostBytes(server.hostname) ?? NO_BYTES, hostBytes(from.hostname) ?? NO_BYTES];
-  const isAny = expected.every((byte) => byte === 0);
+  const isAny = expected.every((byte) => byte === 0); // A server that is addressed as 0.0.0.0 answers from another.
   return isAny || (expected.length === actual.length && expected.every((byte, index) => byte === actual[index]));
 }

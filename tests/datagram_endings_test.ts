@@ -12,6 +12,7 @@ import {
   RecordingServer,
   withServer,
 } from "./datagrams.ts";
+import { turnEnd } from "./fake_conn.ts";
 import { withFakeTime } from "./fake_time.ts";
 import { listenAgain, networkTest, rejectionOf, until } from "./testing.ts";
 import { freePort } from "./programs.ts";
@@ -136,6 +137,17 @@ networkTest("a datagram server that never served shuts down, and its port is fre
   await listenAgain(() => next.listen());
   await server.serveForever();
   assertThrows(() => server.close() ?? server.shutdown({ grace: -1 }), RangeError);
+});
+
+networkTest("the end of a datagram server loses no datagram, and counts none as lost", async () => {
+  for (const end of ["shutdown", "close"] as const) {
+    const server = new UdpServer({ port: 0 }, EchoDatagram);
+    const serving = server.serveForever();
+    await turnEnd(); // Now it receives.
+    await server[end]();
+    await serving;
+    assertEquals([server.stats.lost, server.stats.errors], [0, 0]);
+  }
 });
 
 networkTest("close() ends a datagram server now, and a reply behind it rejects", async () => {

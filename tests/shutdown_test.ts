@@ -531,6 +531,22 @@ networkTest('"await using" shuts a server down', async () => {
   await untilRefused(() => connect({ port }));
 });
 
+Deno.test("a handler that lets the reason of its signal through has finished, and it is no error", async () => {
+  class Obedient extends StreamRequestHandler {
+    override async handle() {
+      await new Promise((_, reject) => this.signal.addEventListener("abort", () => reject(this.signal.reason)));
+    }
+  }
+  for (const end of ["shutdown", "close"] as const) {
+    await onStage(Obedient, {}, async ({ server, time, serving, accept }) => {
+      await accept();
+      server[end]();
+      await time.advanceUntil(serving, 1_000);
+      assertEquals([server.stats.errors, server.outcomes], [0, [end === "close" ? "cut" : "finished"]]);
+    });
+  }
+});
+
 // From inside a handler
 
 /** Shuts its server down when it is told to. */

@@ -93,6 +93,27 @@ Deno.test("a chunk whose buffer was transferred takes nothing from what comes la
   stream.close();
 });
 
+/** Reads behind a chunk whose buffer was transferred. */
+const READS_OF_NOTHING: Record<string, (stream: SocketStream) => Promise<unknown>> = {
+  "read()": (stream) => stream.read(new Uint8Array(8)),
+  "readExactly(0)": (stream) => stream.readExactly(0),
+  "peek()": (stream) => stream.peek(8),
+  "readLine()": (stream) => stream.readLine(),
+};
+
+for (const [call, read] of Object.entries(READS_OF_NOTHING)) {
+  Deno.test(`${call} goes on behind a chunk whose buffer was transferred`, async () => {
+    const conn = new FakeConn().give("hello");
+    const stream = new SocketStream(conn);
+    const chunk = await stream.recv();
+    structuredClone(chunk, { transfer: [chunk?.buffer ?? new ArrayBuffer()] });
+    const reading = read(stream);
+    conn.give("again\n").end();
+    assert(await reading !== null);
+    stream.close();
+  });
+}
+
 Deno.test("an empty chunk belongs to its caller as well: its buffer may be transferred", async () => {
   const [first, second] = [new SocketStream(new FakeConn()), new SocketStream(new FakeConn())];
   for (const stream of [first, second]) {
