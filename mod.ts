@@ -3302,6 +3302,8 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   readonly #ended = new AbortController();
   #change: PromiseWithResolvers<void> | undefined;
   #overloadedAt = -Infinity;
+  /** The backlog is served: what arrives now comes too late. */
+  #dropsArrivals = false;
 
   /** `grace` in milliseconds; `keepsListener`: handlers need the listener until they are done. */
   protected constructor(grace: number, maxSessions: number, keepsListener = false) {
@@ -3319,8 +3321,8 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   abstract listen(): Address | Promise<Address>;
 
   /**
-   * The session of an arrival, or the counter of those that are dropped. `isBusy`: `maxSessions` are open, or the
-   * backlog is served and the server about to close.
+   * The session of an arrival, or the counter of those that are dropped. `isBusy`: `maxSessions` are open, or the server
+   * is about to close.
    * @internal
    */
   protected abstract newSession(arrival: Arrival, isBusy: boolean): Session<Request> | "lost" | "dropped";
@@ -3608,7 +3610,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
    * Serves an arrival; never rejects. Callbacks and no `async`: each layer costs an idle connection half a kilobyte.
    */
   #serve(arrival: Arrival): void | Promise<void> {
-    const session = this.newSession(arrival, this.#isFull || this.signal.aborted);
+    const session = this.newSession(arrival, this.#isFull || this.#dropsArrivals);
     if (typeof session === "string") return void this.#counts[session]++;
     session.index = this.#sessions.push(session) - 1;
     this.#counts.accepted++;
@@ -3738,7 +3740,8 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   /** Serves the backlog, and what a `handleRequest()` has waited for in vain; resolves when the address is free. */
   async #stopAccepting(): Promise<void> {
     if (this.#serving === "serveForever()") await this.#acceptor?.untilQuiet();
-    if (this.#keepsListener) await this.#idle();
+    this.#dropsArrivals = this.#keepsListener;
+    if (this.#dropsArrivals) await this.#idle();
     await this.#acceptor?.close();
     const arrival = this.#acceptor?.take();
     if (arrival !== undefined) this.#serve(arrival);
@@ -4409,7 +4412,7 @@ export abstract class DatagramServer<Address extends Deno.Addr = Deno.Addr>
   /** @internal */
   protected override newSession([data, sender]: Received, isBusy: boolean): DatagramSession | "lost" | "dropped" {
     if (data.length === DATAGRAM_BUFFER_BYTES) return "lost"; // It may have been cut.
-    if (isBusy || this.#socket === undefined) return "dropped";
+    if (isBusy) return "dropped";
     this.#slabStart += data.length;
     return new DatagramSession(new Datagram(data, sender, this.#send));
   }
