@@ -1808,7 +1808,10 @@ class Transport {
     const passage = new Passage(this.conn, controller.signal, this.releases);
     this.output.isHeld = true;
     try {
-      const passing = this.output.flush().then(() => runFilters([filter], passage));
+      const passing = this.output.flush().then(() => {
+        if (this.#isClosed) throw this.#closedError(); // It was closed meanwhile, or was late.
+        return runFilters([filter], passage);
+      });
       this.#goOn(await inTime(passing, timeout, "upgrade() waited for the timeout of", controller), passage.conn);
     } catch (error) {
       this.#pending = undefined;

@@ -73,6 +73,24 @@ networkTest("shutdown() serves the datagrams that wait in the kernel", async () 
   assertEquals(received.sort(), sent.sort());
 });
 
+networkTest("shutdown() serves all that wait in the kernel, also if its signal aborts meanwhile", async () => {
+  const Slow = handlerOf((_request, { signal }) => {
+    aborted ||= signal.aborted;
+    for (const begun = performance.now(); performance.now() - begun < 6;); // As if there were much to compute.
+    return Promise.resolve();
+  });
+  let aborted = false;
+  const server = new UdpServer({ port: 0 }, Slow);
+  const { port } = server.listen();
+  using client = new DatagramClient({ port });
+  for (let count = 0; count < 150; count++) await client.send("one of many");
+  const serving = server.serveForever();
+  await server.shutdown();
+  await serving;
+  const { accepted, dropped } = server.stats;
+  assertEquals({ accepted, dropped, aborted }, { accepted: 150, dropped: 0, aborted: true });
+});
+
 networkTest("shutdown() ends although datagrams keep coming", async () => {
   const server = new UdpServer({ port: 0 }, EchoDatagram);
   const { port } = server.listen();

@@ -89,6 +89,19 @@ const REFUSALS: [string, (stream: SocketStream, conn: FakeConn) => unknown, RegE
   ],
 ];
 
+Deno.test("upgrade() calls no filter if the stream is closed while written data is sent", async () => {
+  for (const written of ["go ahead\n", ""]) {
+    const { conn, stream } = twoConns();
+    if (written !== "") stream.write(written);
+    let calls = 0;
+    const upgrading = stream.upgrade((conn) => (calls++, conn));
+    stream.close();
+    assertEquals((await rejectionOf(upgrading)).message, "The stream is closed");
+    await turnEnd();
+    assertEquals([calls, conn.isClosed], [0, true]);
+  }
+});
+
 Deno.test("upgrade() without a filter is refused, and the stream is as it was", async () => {
   const { conn, stream } = twoConns();
   for (const filter of [undefined, null, 5]) {
