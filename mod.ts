@@ -1043,8 +1043,7 @@ class Input {
     const isUsedUp = isShared && left - length < Math.max(this.#lastCount, MIN_ROOM_BYTES);
     if (isUsedUp) this.#wanted = Math.max(this.#wanted, BUSY_BUFFER_BYTES);
     const isMisfit = length === 0 && (this.#size > this.#wanted || (!isShared && left < this.#wanted));
-    // No part can be made of a buffer that a handler has transferred with a chunk; nothing is unread then.
-    const unread = length === 0 ? NO_BYTES : this.#bytes.subarray(this.#start, this.#end);
+    const unread = this.#unread(length);
     if (isUsedUp || isMisfit || length > left - length) {
       // Memory stays within twice of what the peer really sent, whatever length it announced.
       this.#size = Math.max(length * 2, this.#wanted);
@@ -1056,6 +1055,11 @@ class Input {
     if (length > 0) this.#bytes.set(unread);
     this.#start = this.#ours = 0;
     this.#end = length;
+  }
+
+  /** The first `count` unread bytes. A handler may have transferred the buffer with a chunk: then it has no parts. */
+  #unread(count: number): Uint8Array<ArrayBuffer> {
+    return count === 0 ? NO_BYTES : this.#bytes.subarray(this.#start, this.#start + count);
   }
 
   /** Takes in `count` bytes that were put into the room. */
@@ -1100,8 +1104,7 @@ class Input {
     this.directCount = 0;
     if (direct > 0) return direct;
     const count = Math.min(into.length, this.length);
-    if (count === 0) return 0;
-    into.set(this.#bytes.subarray(this.#start, this.#start + count));
+    into.set(this.#unread(count));
     this.#start += count;
     return count;
   }
@@ -1153,8 +1156,7 @@ class Input {
 
   /** A copy of the first bytes, `count` at most. */
   peek(count: number): Uint8Array<ArrayBuffer> {
-    if (this.length === 0) return new Uint8Array(0); // The buffer may have been transferred with a chunk.
-    return this.#bytes.slice(this.#start, Math.min(this.#start + count, this.#end));
+    return this.#unread(Math.min(count, this.length)).slice();
   }
 }
 
@@ -3113,6 +3115,12 @@ abstract class Session<Request extends Traffic> {
   get controller(): AbortController {
     return this.#controller ??= new AbortController();
   }
+
+  /** Whether the handler has let the reason of its signal through. */
+  hasAbortedWith(error: unknown): boolean {
+    const signal = this.#controller?.signal;
+    return signal?.aborted === true && error === signal.reason;
+  }
 }
 
 /** A connection's session. */
@@ -3130,8 +3138,13 @@ class StreamSession extends Session<SocketStream> {
     super(performance.now());
   }
 
+  /** As far as its filters have brought it. */
+  get #current(): StreamConn {
+    return (this.#passage ?? this).conn;
+  }
+
   override get clientAddress(): Deno.Addr {
-    return (this.#passage ?? this).conn.remoteAddr;
+    return this.#current.remoteAddr;
   }
 
   override get silentOutcome(): "aborted" | "timedOut" | undefined {
@@ -3151,7 +3164,7 @@ class StreamSession extends Session<SocketStream> {
   }
 
   #makeRequest(hasPassed: boolean): SocketStream | null {
-    this.conn = (this.#passage ?? this).conn;
+    this.conn = this.#current;
     this.#passage = undefined;
     if (!hasPassed && !this.isCut) this.outcome = "refused";
     if (!hasPassed || this.isCut) return null; // A filter may have closed the server.
@@ -3176,7 +3189,7 @@ class StreamSession extends Session<SocketStream> {
 
   override cut(error?: Error): void {
     this.#handshake?.abort(error);
-    if (this.#transport === undefined) closeQuietly((this.#passage ?? this).conn);
+    if (this.#transport === undefined) closeQuietly(this.#current);
     else this.#transport.cut(error);
   }
 }
@@ -3667,9 +3680,7 @@ export abstract class BaseServer<Request extends Traffic, Address extends Deno.A
   }
 
   async #report(error: unknown, session: Session<Request>): Promise<void> {
-    const { signal } = session.controller;
-    const isEcho = signal.aborted && error === signal.reason; // The handler has let it through.
-    const outcome = isEcho ? undefined : session.outcomeOf(error);
+    const outcome = session.hasAbortedWith(error) ? undefined : session.outcomeOf(error);
     if (outcome === undefined) return;
     this.#counts[outcome]++;
     if (!session.isCut) session.outcome = outcome;
