@@ -23,6 +23,7 @@ export class FakeTime {
   readonly #timers = new Map<number, Timer>();
   readonly #begun = Math.ceil(performance.now());
   #now = this.#begun;
+
   /** Milliseconds that have passed. */
   get passed(): number {
     return this.#now - this.#begun;

@@ -186,6 +186,7 @@ function idle(): Work[] {
     figures: ["memory"],
     isFresh: true,
   } satisfies Partial<Work>;
+  const long = { ...work, load: { ...work.load, silence: LONG_SILENCE } };
   const plain = contender(BARE, "class", { name: "plainest handler class" });
   const lean = contender(BARE, "lean", { name: "leanest bare loop" });
   return [{
@@ -201,17 +202,15 @@ function idle(): Work[] {
     contenders: [contender(OURS, "lines"), plain],
     goals: [times("memory", 1 / 1.22, plain.name)],
   }, {
-    ...work,
+    ...long,
     id: "idle-long",
     title: `the same after ${LONG_SILENCE} s, recv()`,
-    load: { ...work.load, silence: LONG_SILENCE },
     contenders: [contender(OURS, "recv"), plain, lean],
     goals: [within("memory", 135 * MIB), times("memory", 1 / 1.1, plain.name)],
   }, {
-    ...work,
+    ...long,
     id: "idle-long-lines",
     title: `the same after ${LONG_SILENCE} s, lines()`,
-    load: { ...work.load, silence: LONG_SILENCE },
     contenders: [contender(OURS, "lines"), plain],
     goals: [within("memory", 150 * MIB), times("memory", 1 / 1.22, plain.name)],
   }];
